@@ -1,0 +1,292 @@
+//go:build unix
+
+// Package pgtest starts throwaway PostgreSQL servers and puts a faulty network
+// in front of them. The tests and the demo use it; the listener does not.
+package pgtest
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// ErrNotFound means that no PostgreSQL server programs are on this machine.
+var ErrNotFound = errors.New("no PostgreSQL server found (initdb, postgres); " +
+	"Debian: apt-get install postgresql; macOS: brew install postgresql; " +
+	"or docker compose -f docker-compose.test.yml up -d --wait, and set TEST_DATABASE_URL")
+
+// Database is the database and User the superuser that every server has.
+const (
+	Database = "postgres"
+	User     = "postgres"
+)
+
+// commandTimeout bounds initdb, pg_ctl and pg_basebackup.
+const commandTimeout = time.Minute
+
+// Server is a PostgreSQL server in a directory of its own.
+// Its methods must not be called from two goroutines at once.
+type Server struct {
+	Port int    // on 127.0.0.1
+	Dir  string // data directory; the unix socket lies beside it
+
+	bin  string
+	root string // everything of this server; removed by Close
+}
+
+// Bin returns the directory of the server's programs: where PATH says, else the
+// newest version in the places where packages put them. It returns ErrNotFound
+// where there is none.
+func Bin() (string, error) {
+	if p, err := exec.LookPath("initdb"); err == nil {
+		// A link in PATH may stand alone; what is needed lies beside its target.
+		if p, err = filepath.EvalSymlinks(p); err == nil {
+			return filepath.Dir(p), nil
+		}
+	}
+	var found []string
+	for _, pattern := range []string{
+		"/usr/lib/postgresql/*/bin/initdb",
+		"/usr/pgsql-*/bin/initdb",
+		"/opt/homebrew/opt/postgresql@*/bin/initdb",
+		"/usr/local/opt/postgresql@*/bin/initdb",
+		"/usr/local/pgsql/bin/initdb",
+		"/Applications/Postgres.app/Contents/Versions/*/bin/initdb",
+	} {
+		matches, _ := filepath.Glob(pattern)
+		found = append(found, matches...)
+	}
+	if len(found) == 0 {
+		return "", ErrNotFound
+	}
+	newest := slices.MaxFunc(found, func(a, b string) int { return version(a) - version(b) })
+	return filepath.Dir(newest), nil
+}
+
+// version returns the first number in a path, the major version in all of Bin's patterns.
+func version(path string) int {
+	digits := strings.FieldsFunc(path, func(r rune) bool { return r < '0' || r > '9' })
+	if len(digits) == 0 {
+		return 0
+	}
+	n, _ := strconv.Atoi(digits[0])
+	return n
+}
+
+// Start makes a new server and starts it; settings are lines of postgresql.conf.
+// It blocks until the server accepts connections. Call Close when done.
+func Start(settings ...string) (*Server, error) {
+	s, err := newServer()
+	if err != nil {
+		return nil, err
+	}
+	err = s.command("initdb", "-D", s.Dir, "-U", User, "-A", "trust", "-E", "UTF8", "--locale=C", "-N")
+	if err == nil {
+		err = s.configure(settings...)
+	}
+	if err == nil {
+		err = s.Start()
+	}
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func newServer() (*Server, error) {
+	bin, err := Bin()
+	if err != nil {
+		return nil, err
+	}
+	root, err := os.MkdirTemp("", "pgtest")
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{Dir: filepath.Join(root, "data"), bin: bin, root: root}
+	if cred := s.credential(); cred != nil {
+		if err := os.Chown(root, int(cred.Uid), int(cred.Gid)); err != nil {
+			return nil, err
+		}
+	}
+	s.Port, err = FreePort()
+	return s, err
+}
+
+func (s *Server) configure(settings ...string) error {
+	lines := append([]string{
+		"listen_addresses = '127.0.0.1'",
+		fmt.Sprintf("port = %d", s.Port),
+		fmt.Sprintf("unix_socket_directories = '%s'", s.root),
+		"fsync = off",
+		"synchronous_commit = off",
+		"max_connections = 50",
+		"log_min_messages = warning",
+	}, settings...)
+	return s.Append("postgresql.conf", lines...)
+}
+
+// Append adds lines to a file of the data directory, such as postgresql.conf.
+func (s *Server) Append(name string, lines ...string) error {
+	return s.WriteFile(name, os.O_APPEND, []byte(strings.Join(lines, "\n")+"\n"))
+}
+
+// WriteFile writes a file of the data directory, readable by the server's user only.
+// The flag is os.O_APPEND or os.O_TRUNC.
+func (s *Server) WriteFile(name string, flag int, data []byte) error {
+	path := filepath.Join(s.Dir, name)
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|flag, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.Write(data); err != nil {
+		return err
+	}
+	if cred := s.credential(); cred != nil {
+		return os.Chown(path, int(cred.Uid), int(cred.Gid))
+	}
+	return nil
+}
+
+// Start starts a stopped server and waits until it accepts connections.
+func (s *Server) Start() error {
+	return s.command("pg_ctl", "start", "-w", "-s", "-D", s.Dir, "-l", filepath.Join(s.root, "log"))
+}
+
+// Stop stops the server, cutting every connection, and waits until it is down.
+func (s *Server) Stop() error {
+	return s.command("pg_ctl", "stop", "-w", "-s", "-m", "fast", "-D", s.Dir)
+}
+
+// Reload makes the server read its configuration again.
+func (s *Server) Reload() error {
+	return s.command("pg_ctl", "reload", "-s", "-D", s.Dir)
+}
+
+// Standby makes a hot standby of s by pg_basebackup and starts it.
+func (s *Server) Standby() (*Server, error) {
+	b, err := newServer()
+	if err != nil {
+		return nil, err
+	}
+	err = b.command("pg_basebackup", "-D", b.Dir, "-R", "-c", "fast", "-h", s.root, "-p", strconv.Itoa(s.Port), "-U", User)
+	if err == nil {
+		err = b.configure("hot_standby = on")
+	}
+	if err == nil {
+		err = b.Start()
+	}
+	if err != nil {
+		b.Close()
+		return nil, err
+	}
+	return b, nil
+}
+
+// Promote ends recovery on a standby and waits until it is a primary.
+func (s *Server) Promote() error {
+	return s.command("pg_ctl", "promote", "-w", "-s", "-D", s.Dir)
+}
+
+// Signal sends sig to the postmaster.
+func (s *Server) Signal(sig syscall.Signal) error {
+	data, err := os.ReadFile(filepath.Join(s.Dir, "postmaster.pid"))
+	if err != nil {
+		return err
+	}
+	line, _, _ := bytes.Cut(data, []byte("\n"))
+	pid, err := strconv.Atoi(string(line))
+	if err != nil {
+		return err
+	}
+	return syscall.Kill(pid, sig)
+}
+
+// Close stops the server, however it is, and removes its files.
+func (s *Server) Close() {
+	_ = s.Signal(syscall.SIGCONT)
+	_ = s.command("pg_ctl", "stop", "-w", "-s", "-m", "immediate", "-D", s.Dir)
+	_ = os.RemoveAll(s.root)
+}
+
+// DSN is the URL of the server, without TLS.
+func (s *Server) DSN() string { return DSN(s.Addr()) }
+
+// Addr is the server's host:port.
+func (s *Server) Addr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(s.Port)) }
+
+// SocketDir is the directory of the server's unix socket.
+func (s *Server) SocketDir() string { return s.root }
+
+// DSN is the URL of a server of this package that is reached at addr.
+func DSN(addr string) string {
+	return fmt.Sprintf("postgres://%s@%s/%s?sslmode=disable", User, addr, Database)
+}
+
+// Log returns what the server has logged.
+func (s *Server) Log() string {
+	data, _ := os.ReadFile(filepath.Join(s.root, "log"))
+	return string(data)
+}
+
+// FreePort returns a TCP port of the loopback interface that was free just now.
+func FreePort() (int, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 0, err
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).Port, nil
+}
+
+// command runs a program of the server's, as its user, with a time limit.
+func (s *Server) command(name string, args ...string) error {
+	cmd := exec.Command(filepath.Join(s.bin, name), args...)
+	cmd.Dir = s.root
+	cmd.Env = append(os.Environ(), "LC_ALL=C", "PGPASSWORD=", "PGHOST=", "PGDATABASE=")
+	// A group of its own: Ctrl-C in a terminal must end the listener, not the server under it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: s.credential()}
+	// A file, not a pipe: the postmaster inherits it, and a pipe would be waited for.
+	out, err := os.CreateTemp("", "pgtest-out")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(out.Name())
+	defer out.Close()
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	kill := time.AfterFunc(commandTimeout, func() { _ = cmd.Process.Kill() })
+	defer kill.Stop()
+	if err := cmd.Wait(); err != nil {
+		text, _ := os.ReadFile(out.Name())
+		return fmt.Errorf("%s: %w: %s%s", name, err, bytes.TrimSpace(text), tail(s.Log()))
+	}
+	return nil
+}
+
+func tail(log string) string {
+	if log == "" {
+		return ""
+	}
+	return "\nserver log: " + log[max(0, len(log)-2000):]
+}
+
+// credential is the user to run the server as: PostgreSQL refuses to run as root.
+func (s *Server) credential() *syscall.Credential {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	return unprivileged()
+}

@@ -1,0 +1,450 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/lib/pq"
+)
+
+// Listener hears NOTIFY on a set of channels and hands each notification to the
+// worker of its channel. It wraps pq.Listener, which reconnects and re-LISTENs;
+// what that one lacks is here and in dialer.go: a bound on every wait, pings that
+// notice silence, and an account of what may have been lost.
+//
+// Everything lower-case below "loop" belongs to the goroutine of Run.
+type Listener struct {
+	cfg     *Config
+	log     *slog.Logger
+	workers map[string]*worker
+	dialer  *dialer
+	quit    context.CancelCauseFunc // cancels what the workers do
+
+	events     chan event // from lib/pq, in order
+	registered chan error // from register: nil once every channel is LISTENed
+	pong       chan error // from ping
+	done       chan struct{}
+
+	// loop
+	pq         *pq.Listener
+	connected  bool
+	listening  bool         // connected, and every channel is LISTENed
+	complete   bool         // every channel is known to lib/pq, which re-LISTENs it from now on
+	pinging    *boundedConn // what the ping in flight was meant for; nil when there is none
+	since      time.Time    // when listening became true
+	deafSince  time.Time    // when it ceased to be true; zero before the first time
+	failures   repeated
+	held       *Notification // could not be handed on: its queue is full
+	heldBy     *worker
+	lastWorker *worker // of the previous notification: most often also of the next
+}
+
+// event is what lib/pq's callback was told.
+type event struct {
+	kind pq.ListenerEventType
+	err  error
+	at   time.Time
+}
+
+// pqPace is the pause that lib/pq makes between attempts. It sleeps through it
+// even when closed, and has no jitter (facts 5 and 11), so the pauses that
+// matter are made by the dialer.
+const pqPace = time.Millisecond
+
+// NewListener makes a Listener with a handler from table for each channel of
+// cfg. Its error joins those of all handlers. Call Run once to start it.
+func NewListener(cfg *Config, table map[string]newHandler, log *slog.Logger) (*Listener, error) {
+	quit, cancel := context.WithCancelCause(context.Background())
+	l := &Listener{
+		cfg:     cfg,
+		log:     log,
+		workers: map[string]*worker{},
+		dialer:  newDialer(cfg.PingTimeout, cfg.PingInterval+cfg.PingTimeout, backoff{cfg.ReconnectMin, cfg.ReconnectMax}),
+		quit:    cancel,
+
+		events:     make(chan event),
+		registered: make(chan error),
+		pong:       make(chan error, 1),
+		done:       make(chan struct{}),
+	}
+	var problems []error
+	for _, r := range cfg.routes {
+		h, err := table[r.handler](r.arg, env{log: log.With("channel", r.channel), cfg: cfg})
+		if err != nil {
+			problems = append(problems, fmt.Errorf("CHANNELS: channel %q: %w", r.channel, err))
+			continue
+		}
+		l.workers[r.channel] = newWorker(quit, r.channel, h, r.mode == "doorbell", cfg.limits(), log)
+	}
+	return l, errors.Join(problems...)
+}
+
+// Run listens until ctx ends, then stops as section 4 of the design says, and
+// returns how many notifications were received but not handled to the end. It
+// returns within SHUTDOWN_TIMEOUT of the end of ctx, in any state of the network.
+func (l *Listener) Run(ctx context.Context) (abandoned int) {
+	defer close(l.done)
+	defer l.quit(errShutdownTimeout)
+	l.pq = pq.NewDialListener(l.dialer, l.cfg.dsn(), pqPace, pqPace, l.onEvent)
+	go l.register()
+
+	idle := time.NewTimer(l.cfg.PingInterval)
+	defer idle.Stop()
+	sweep := time.NewTimer(jitter(l.cfg.CatchUpInterval))
+	defer sweep.Stop()
+	if l.cfg.CatchUpInterval == 0 {
+		sweep.Stop()
+	}
+	stop := ctx.Done()
+	var late, tooLate <-chan time.Time // after stop: when to cancel the handlers, when to leave
+
+	for {
+		// While a notification is held nothing more is received, so that order
+		// is kept and the server does the buffering; all else goes on.
+		notify, room := l.pq.Notify, (<-chan struct{})(nil)
+		if l.held != nil {
+			notify, room = nil, l.heldBy.room
+		}
+		select {
+		case n, ok := <-notify:
+			if !ok {
+				return l.drain(late, tooLate)
+			}
+			l.dispatch(n)
+			// Take what is already there without going through the whole select.
+			for range len(notify) {
+				if l.held != nil {
+					break
+				}
+				l.dispatch(<-notify)
+			}
+		case <-room:
+			l.handHeld()
+		case e := <-l.events:
+			l.observe(e)
+		case err := <-l.registered:
+			l.onRegistered(err)
+		case <-idle.C:
+			idle.Reset(l.pingIfIdle())
+		case err := <-l.pong:
+			l.onPong(err)
+		case <-sweep.C:
+			sweep.Reset(jitter(l.cfg.CatchUpInterval))
+			l.catchUp()
+		case <-stop:
+			stop = nil
+			l.log.Info("shutting down", "timeout", l.cfg.ShutdownTimeout, "waiting", l.waiting())
+			reserve := min(l.cfg.killGrace()+500*time.Millisecond, l.cfg.ShutdownTimeout/2)
+			late, tooLate = time.After(l.cfg.ShutdownTimeout-reserve), time.After(l.cfg.ShutdownTimeout)
+			go l.hangUp(l.listening)
+		case <-late:
+			// Whatever hangs, be it a handler or the network, has had its time:
+			// from now on the workers abandon what they are given.
+			l.quit(errShutdownTimeout)
+			l.dialer.close()
+			if l.held != nil {
+				l.handHeld()
+			}
+		case <-tooLate:
+			return l.abandoned()
+		}
+	}
+}
+
+// dispatch hands one notification to the worker of its channel. nil is lib/pq's
+// word for a reconnect, of which observe has already been told.
+func (l *Listener) dispatch(n *pq.Notification) {
+	if n == nil {
+		return
+	}
+	w := l.lastWorker
+	if w == nil || w.channel != n.Channel {
+		if w = l.workers[n.Channel]; w == nil {
+			return // a server may say more than we asked for
+		}
+		l.lastWorker = w
+	}
+	l.hand(w, Notification{Channel: w.channel, Payload: n.Extra, PID: n.BePid})
+}
+
+// hand gives n to w, or holds it until w has room.
+func (l *Listener) hand(w *worker, n Notification) {
+	if !w.offer(n) {
+		l.held, l.heldBy = &n, w
+	}
+}
+
+// handHeld tries again with what is held.
+func (l *Listener) handHeld() {
+	n := *l.held
+	l.held = nil
+	l.hand(l.heldBy, n)
+}
+
+// catchUp has every handler that can look for what it may have missed.
+func (l *Listener) catchUp() {
+	for _, w := range l.workers {
+		w.requestCatchUp()
+	}
+}
+
+// onEvent is lib/pq's callback. It runs on the goroutine that dispatches and
+// reconnects, so it must neither call the pq.Listener nor wait for long (fact 10);
+// the loop never blocks, and after it has ended nobody waits for events.
+func (l *Listener) onEvent(kind pq.ListenerEventType, err error) {
+	e := event{kind, err, time.Now()}
+	switch kind { // here, because lib/pq dials again as soon as this returns
+	case pq.ListenerEventConnected, pq.ListenerEventReconnected:
+		l.dialer.subscribed()
+	case pq.ListenerEventDisconnected:
+		l.dialer.lost()
+	case pq.ListenerEventConnectionAttemptFailed:
+		l.dialer.failed()
+	}
+	select {
+	case l.events <- e:
+	case <-l.done:
+	}
+}
+
+// observe follows the connection. Events are believed, and not what Listen
+// returns: that can be nil when nothing is connected (fact 8).
+func (l *Listener) observe(e event) {
+	switch e.kind {
+	case pq.ListenerEventConnected, pq.ListenerEventReconnected:
+		l.connected = true
+		l.failures.reset()
+		if l.complete {
+			l.startListening(e.at)
+		}
+	case pq.ListenerEventDisconnected:
+		l.connected = false
+		attrs := []any{"error", e.err}
+		if l.listening {
+			l.listening = false
+			attrs = append(attrs, "uptime", e.at.Sub(l.since).Round(time.Millisecond))
+			// Of a connection that fell silent only the last byte is sure; one
+			// that was cut has heard everything until then.
+			l.deafSince = e.at
+			if isTimeout(e.err) {
+				l.deafSince = l.dialer.lastHeard()
+			}
+		}
+		if !errors.Is(e.err, net.ErrClosed) { // else it was our own doing, and told elsewhere
+			l.log.Warn("disconnected", attrs...)
+		}
+	case pq.ListenerEventConnectionAttemptFailed:
+		if errors.Is(e.err, errStopping) {
+			return
+		}
+		if worth, attrs := l.failures.count(e.err); worth {
+			l.log.Warn("connection attempt failed", attrs...)
+		}
+	}
+}
+
+// startListening begins a subscription: every channel is LISTENed, on one connection.
+func (l *Listener) startListening(at time.Time) {
+	l.listening, l.since = true, at
+	c := l.dialer.current()
+	attrs := []any{"channels", slices.Sorted(maps.Keys(l.workers)),
+		"server", c.RemoteAddr(), "local", c.LocalAddr()} // local is client_addr and client_port in pg_stat_activity
+	if l.deafSince.IsZero() {
+		l.log.Info("listening", attrs...)
+	} else {
+		// What was sent meanwhile went to nobody: PostgreSQL keeps nothing for a
+		// listener that is away, so what it was cannot be known.
+		l.log.Warn("reconnected; notifications sent during the gap are lost to plain channels", append(attrs,
+			"gap_from", l.deafSince, "gap_to", at, "gap", at.Sub(l.deafSince).Round(time.Millisecond))...)
+	}
+	l.catchUp()
+}
+
+// register LISTENs every channel for the first time, on its own goroutine since
+// it blocks while the server is away (fact 3). lib/pq repeats it on every later connection.
+func (l *Listener) register() {
+	report := func(err error) {
+		select {
+		case l.registered <- err:
+		case <-l.done:
+		}
+	}
+	for _, r := range l.cfg.routes {
+		for attempt := 1; ; attempt++ {
+			err := l.pq.Listen(r.channel)
+			if err == nil || errors.Is(err, pq.ErrChannelAlreadyOpen) {
+				break
+			}
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			// The server refused: a standby, until it is promoted (fact 18).
+			report(fmt.Errorf("listen %q: %w", r.channel, err))
+			if !sleep(l.dialer.ctx, l.dialer.backoff.after(attempt)) {
+				return
+			}
+		}
+	}
+	// Listen says nil also when the connection broke under it. A pong proves that
+	// it did not; if there is none, a reconnect follows and lib/pq LISTENs it all.
+	_ = ping(l.pq)
+	report(nil)
+}
+
+func (l *Listener) onRegistered(err error) {
+	if err != nil {
+		if worth, attrs := l.failures.count(err); worth {
+			l.log.Warn("server refuses to listen", attrs...)
+		}
+		return
+	}
+	l.complete = true
+	if l.connected {
+		l.startListening(time.Now())
+	}
+}
+
+// pingIfIdle pings when nothing has come for PING_INTERVAL, and returns when to look again.
+// The pong has no timer of its own: the connection's read deadline is that (fact 12).
+func (l *Listener) pingIfIdle() time.Duration {
+	quiet := time.Since(l.dialer.lastHeard())
+	if quiet < l.cfg.PingInterval {
+		return l.cfg.PingInterval - quiet
+	}
+	// While reading has stopped no pong can arrive, and silence means nothing.
+	if l.connected && l.pinging == nil && l.held == nil {
+		l.pinging = l.dialer.current()
+		// On its own goroutine: the pong is read only while Notify is drained (fact 2).
+		go func() { l.pong <- ping(l.pq) }()
+	}
+	return l.cfg.PingInterval
+}
+
+// onPong ends a ping. lib/pq notices a broken connection by itself, but not one
+// whose server answers with an error.
+func (l *Listener) onPong(err error) {
+	c := l.pinging
+	l.pinging = nil
+	if err != nil && l.connected && c == l.dialer.current() {
+		l.log.Warn("ping failed", "error", err)
+		c.Conn.Close()
+	}
+}
+
+// ping is pq.Listener.Ping, which panics when the server answers with an error (fact 9).
+func ping(p *pq.Listener) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("server refused the ping: %v", r)
+		}
+	}()
+	return p.Ping()
+}
+
+// hangUp ends the connection so that nothing is lost that reached the server
+// before: after the pong every notification is on its way, after UNLISTEN no more
+// come, and after Close lib/pq hands on what it has and closes Notify. The bounds on
+// the connection bound this too.
+func (l *Listener) hangUp(politely bool) {
+	if politely {
+		l.dialer.refuse()
+		err := ping(l.pq)
+		if err == nil {
+			err = l.pq.UnlistenAll()
+		}
+		if err != nil {
+			l.log.Warn("could not take leave of the server; what it still had for us is lost", "error", err)
+		}
+	}
+	l.dialer.close()
+	_ = l.pq.Close()
+}
+
+// drain waits until the workers have finished what was received, at most until
+// tooLate, and returns how many notifications were abandoned. lib/pq has ended by now.
+func (l *Listener) drain(late, tooLate <-chan time.Time) int {
+workers:
+	for _, w := range l.workers {
+		done := w.drained()
+		for {
+			select {
+			case <-done:
+				continue workers
+			case <-late:
+				l.quit(errShutdownTimeout)
+			case <-tooLate:
+				break workers
+			}
+		}
+	}
+	return l.abandoned()
+}
+
+// abandoned ends the workers and counts what they leave behind.
+func (l *Listener) abandoned() int {
+	l.quit(errShutdownTimeout)
+	n := 0
+	for _, w := range l.workers {
+		n += w.abandonRest()
+	}
+	return n
+}
+
+func (l *Listener) waiting() int {
+	n := 0
+	for _, w := range l.workers {
+		n += w.waiting()
+	}
+	return n
+}
+
+func isTimeout(err error) bool {
+	var timeout interface{ Timeout() bool }
+	return errors.As(err, &timeout) && timeout.Timeout()
+}
+
+func jitter(d time.Duration) time.Duration { return d - d/10 + rand.N(d/5+1) }
+
+// repeated counts failures that may go on for hours, and says which of them are
+// worth a line in the log: of each kind the 1st, 2nd, 4th, 8th, ...
+type repeated struct {
+	attempt int
+	alike   map[string]int
+}
+
+func (r *repeated) reset() { *r = repeated{} }
+
+func (r *repeated) count(err error) (worth bool, attrs []any) {
+	// A server that fails in ever new ways is not worth more memory than this.
+	if r.alike == nil || len(r.alike) > 100 {
+		r.alike = map[string]int{}
+	}
+	r.attempt++
+	kind := errorKind(err)
+	r.alike[kind]++
+	n := r.alike[kind]
+	return n&(n-1) == 0, []any{"attempt", r.attempt, "error", err}
+}
+
+// errorKind is the same for errors that differ in a port number only.
+func errorKind(err error) string {
+	var errno syscall.Errno
+	var server *pq.Error
+	switch {
+	case errors.As(err, &server):
+		return "server: " + string(server.Code)
+	case errors.As(err, &errno):
+		return "system: " + errno.Error()
+	case isTimeout(err):
+		return "timeout"
+	}
+	return err.Error()
+}
