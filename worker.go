@@ -34,8 +34,10 @@ type worker struct {
 	rung     bool          // a catch-up waits
 	catching bool          // a catch-up runs
 	stalled  bool          // an offer was refused, and the queue is still more than half full
-	fullAt   time.Time     // when an offer was refused and the queue has not been empty since
-	dropped  int           // since fullAt
+	fullAt   time.Time     // when an overflow began; zero when there is none
+	calm     *time.Timer   // ends the overflow when the queue has stayed empty
+	dropped  int           // in this overflow
+	missed   bool          // something was dropped since the last catch-up
 	lost     int           // abandoned because quit ended
 }
 
@@ -57,6 +59,12 @@ func newWorker(quit context.Context, channel string, h Handler, doorbell bool, l
 		channel: channel, handle: h.Handle, doorbell: doorbell, limits: l,
 		log: log.With("channel", channel), quit: quit, room: make(chan struct{}, 1),
 	}
+	w.calm = time.AfterFunc(overflowCalm, func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.endOverflow()
+	})
+	w.calm.Stop()
 	if c, ok := h.(CatchUper); ok {
 		w.catchUp = func(ctx context.Context, _ Notification) error { return c.CatchUp(ctx) }
 	}
@@ -86,6 +94,7 @@ func (w *worker) offer(n Notification) bool {
 		return true
 	}
 	w.stalled = true
+	w.calm.Stop()
 	if w.fullAt.IsZero() {
 		w.fullAt = time.Now()
 		if w.limits.drop {
@@ -95,7 +104,7 @@ func (w *worker) offer(n Notification) bool {
 		}
 	}
 	if w.limits.drop {
-		w.dropped++
+		w.dropped, w.missed = w.dropped+1, true
 	}
 	return w.limits.drop
 }
@@ -138,6 +147,7 @@ func (w *worker) abandonRest() int {
 	for w.queue.len() > 0 {
 		w.abandon(w.queue.pop(), errShutdownTimeout)
 	}
+	w.endOverflow()
 	if w.running > 0 {
 		w.log.Error("handler still runs at the end; it does not obey its context", "running", w.running)
 	}
@@ -185,14 +195,26 @@ func (w *worker) relax() {
 		case w.room <- struct{}{}:
 		default:
 		}
-		if w.dropped > 0 && w.catchUp != nil {
-			w.rung = true
+		if w.missed && w.catchUp != nil {
+			w.rung, w.missed = true, false
 		}
 	}
 	if !w.fullAt.IsZero() && w.queue.len() == 0 {
-		w.log.Info("queue drained", "full_for", time.Since(w.fullAt).Round(time.Millisecond), "dropped", w.dropped)
-		w.fullAt, w.dropped = time.Time{}, 0
+		// A queue that fills again and again is one overflow, not a thousand.
+		w.calm.Reset(overflowCalm)
 	}
+}
+
+// overflowCalm is how long a queue must not have been full again before its overflow is over.
+const overflowCalm = time.Second
+
+// endOverflow says so in the log, if there was one and it is over. w.mu is held.
+func (w *worker) endOverflow() {
+	if w.fullAt.IsZero() || w.stalled {
+		return
+	}
+	w.log.Info("queue drained", "full_for", time.Since(w.fullAt).Round(time.Millisecond), "dropped", w.dropped)
+	w.fullAt, w.dropped = time.Time{}, 0
 }
 
 // do calls f with n until it succeeds or nothing more can be done. w.mu is held

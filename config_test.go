@@ -1,0 +1,246 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+)
+
+// problemsOf runs the program's run with an environment that cannot work and returns what it prints.
+func problemsOf(t *testing.T, v vars) string {
+	t.Helper()
+	var stdout, stderr bytes.Buffer
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if code := run(ctx, nil, v.lookup, &stdout, &stderr); code != exitUsage {
+		t.Errorf("exit code %d, want %d", code, exitUsage)
+	}
+	if stdout.Len() > 0 {
+		t.Errorf("printed to stdout: %s", stdout.String())
+	}
+	return stderr.String()
+}
+
+func TestAllConfigurationProblemsAtOnce(t *testing.T) {
+	t.Parallel()
+	const dsn = "postgres://localhost/x"
+	dir := t.TempDir()
+	notExecutable := filepath.Join(dir, "plain")
+	if err := os.WriteFile(notExecutable, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	long := strings.Repeat("x", 64)
+	for name, c := range map[string]struct {
+		vars vars
+		want []string // one line each, in any order
+	}{
+		"nothing set": {vars{}, []string{"DATABASE_URL: not set", "CHANNELS: not set"}},
+		"empty is unset": {vars{"DATABASE_URL": "", "CHANNELS": "", "PING_INTERVAL": ""},
+			[]string{"DATABASE_URL: not set", "CHANNELS: not set"}},
+		"channels": {vars{"DATABASE_URL": dsn, "CHANNELS": "a,,a," + long + ",b=nope,c=doorbell:nope,d=,e=doorbell:,f=exec:"},
+			[]string{"CHANNELS: entry 2 has no", `CHANNELS: channel "a" is listed twice`, `CHANNELS: channel "` + long, `CHANNELS: channel "b": "nope"`,
+				`CHANNELS: channel "c": "nope"`, `CHANNELS: channel "d" has no handler`, `CHANNELS: channel "e" has no handler`, `CHANNELS: channel "f": exec needs`}},
+		"programs": {vars{"DATABASE_URL": dsn, "CHANNELS": "a=exec:/does/not/exist,b=exec:not-in-path,c=exec:" + notExecutable + ",d=exec:" + dir},
+			[]string{`CHANNELS: channel "a": program "/does/not/exist" does not exist`, `CHANNELS: channel "b": program "not-in-path" is not in PATH`,
+				`CHANNELS: channel "c": program "` + notExecutable + `" may not be executed`, `CHANNELS: channel "d": program "` + dir}},
+		"numbers": {vars{"DATABASE_URL": dsn, "CHANNELS": "a", "PING_INTERVAL": "10", "PING_TIMEOUT": "0s", "RECONNECT_MIN": "5s", "RECONNECT_MAX": "1s",
+			"QUEUE_SIZE": "0", "CONCURRENCY": "many", "HANDLER_ATTEMPTS": "-1", "CATCH_UP_INTERVAL": "-1s", "OVERFLOW": "lose", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml"},
+			[]string{`PING_INTERVAL: "10" is not a duration`, "PING_TIMEOUT: 0s is not positive", "RECONNECT_MIN: 5s is more than RECONNECT_MAX",
+				"QUEUE_SIZE: 0 is less", `CONCURRENCY: "many" is not a whole number`, "HANDLER_ATTEMPTS: -1 is less", "CATCH_UP_INTERVAL: -1s",
+				`OVERFLOW: "lose"`, `LOG_LEVEL: "loud"`, `LOG_FORMAT: "xml"`}},
+		"files": {vars{"DATABASE_URL_FILE": "/does/not/exist", "CHANNELS": "a"}, []string{"DATABASE_URL_FILE: open /does/not/exist"}},
+		"both":  {vars{"DATABASE_URL": dsn, "DATABASE_URL_FILE": "/x", "CHANNELS": "a"}, []string{"DATABASE_URL_FILE: DATABASE_URL is set too"}},
+		"no file's content": {vars{"DATABASE_URL_FILE": notExecutable, "CHANNELS": "a"},
+			[]string{"DATABASE_URL_FILE: "}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			out := problemsOf(t, c.vars)
+			lines := strings.Split(strings.TrimSpace(out), "\n")
+			if len(lines) != len(c.want) {
+				t.Errorf("%d lines, want %d", len(lines), len(c.want))
+			}
+			for _, want := range c.want {
+				if !strings.Contains(out, "pglistener: "+want) {
+					t.Errorf("no line begins with %q", want)
+				}
+			}
+			if t.Failed() {
+				t.Log(out)
+			}
+		})
+	}
+}
+
+// malformed are connection strings that hold "hunter2" where a mistake exposes it.
+var malformed = map[string]string{
+	"bad escape":         "postgres://u:hunter2%zz@localhost/db",
+	"slash in password":  "postgres://u:12/hunter2@localhost/db",
+	"hash in password":   "postgres://u:12#hunter2@localhost/db",
+	"query in password":  "postgres://u:12?hunter2@localhost/db",
+	"bad port":           "postgres://u:x@localhost:hunter2/db",
+	"blank in key=value": "host=localhost password=my hunter2 word",
+	"open quote":         "host=localhost password='hunter2",
+	"other scheme":       "mysql://u:hunter2@localhost/db?sslmode=disable",
+	"slash, no port":     "postgres://u:hunter2/x@localhost/db",
+}
+
+func TestPasswordIsNeverShown(t *testing.T) {
+	t.Parallel()
+	for name, dsn := range malformed {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			out := problemsOf(t, vars{"DATABASE_URL": dsn, "CHANNELS": "a"})
+			if strings.Contains(out, "hunter2") {
+				t.Errorf("the password is shown: %s", out)
+			}
+			if !strings.Contains(out, "DATABASE_URL: not a valid connection string") || !strings.Contains(out, "percent-encoded") {
+				t.Errorf("no help: %s", out)
+			}
+		})
+	}
+	t.Run("while running", func(t *testing.T) {
+		t.Parallel()
+		channel := channelName(t)
+		dsn, proxy := proxied(t, sharedDSN)
+		dsn = strings.Replace(dsn, "@", ":hunter2@", 1)
+		r := start(t, fast(dsn, channel+"=test"), nil).listening(t)
+		proxy.Refuse(true)
+		proxy.Reset()
+		r.wait(t, "connection attempt failed", 2)
+		r.stop()
+		if strings.Contains(r.String(), "hunter2") {
+			t.Error("the password is in the log")
+		}
+	})
+}
+
+func TestGoodConnectionStrings(t *testing.T) {
+	t.Parallel()
+	for _, dsn := range []string{
+		"postgres://u:p%40ss%2F%23@localhost/db",
+		"postgres://u@h1,h2/db?port=5432,5433&target_session_attrs=read-write",
+		"postgresql:///db?host=/var/run/postgresql",
+		"host=/tmp dbname=x password='with blank'",
+		"host=localhost search_path=app",
+		"postgres://localhost/db?user=me%40tenant&options=-csearch_path%3Dapp",
+	} {
+		cfg, problems := loadConfig(vars{"DATABASE_URL": dsn, "CHANNELS": "a"}.lookup, handlerTable())
+		if len(problems) > 0 {
+			t.Errorf("%s: %v", dsn, problems)
+			continue
+		}
+		if _, err := checkDSN(cfg.dsn()); err != nil {
+			t.Errorf("%s: with the application name: %v", dsn, err)
+		}
+	}
+}
+
+func TestValueFromFile(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "url")
+	if err := os.WriteFile(path, []byte(sharedDSN+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	channel := channelName(t)
+	v := fast("", channel+"=test", vars{"DATABASE_URL_FILE": path})
+	r := start(t, v, nil).listening(t)
+	notify(t, channel, "hello")
+	r.expect(t, "hello")
+}
+
+func TestApplicationName(t *testing.T) {
+	t.Parallel()
+	for application, dsn := range map[string]string{
+		"pglistener":   sharedDSN,
+		"chosen by me": withParams(sharedDSN, "application_name", "chosen by me"),
+	} {
+		channel := channelName(t) + application
+		start(t, fast(dsn, channel+"=test"), nil).listening(t)
+		if len(backends(t, sharedDB, application)) == 0 {
+			t.Errorf("no session is named %q", application)
+		}
+	}
+}
+
+func TestUpperCaseChannelIsWarnedOf(t *testing.T) {
+	t.Parallel()
+	out := runProgram(t, fast(sharedDSN, "Orders"))
+	line := out.wait(t, "CHANNELS: ", 1)
+	if line["level"] != "WARN" || !strings.Contains(line["msg"].(string), `"orders"`) {
+		t.Errorf("%v", line)
+	}
+}
+
+func TestHelpAndVersion(t *testing.T) {
+	t.Parallel()
+	var stdout, stderr bytes.Buffer
+	if code := run(t.Context(), []string{"-h"}, vars{}.lookup, &stdout, &stderr); code != exitOK {
+		t.Errorf("-h: exit code %d: %s", code, stderr.String())
+	}
+	for f := range variables() {
+		name, value := variable(f)
+		found := false
+		for line := range strings.Lines(stdout.String()) {
+			fields := strings.Fields(line)
+			if len(fields) > 0 && fields[0] == name {
+				found = strings.Contains(line, value) && strings.Contains(line, f.Tag.Get("usage"))
+			}
+		}
+		if !found {
+			t.Errorf("-h does not show %s with its default %q and its meaning", name, value)
+		}
+	}
+	stdout.Reset()
+	if code := run(t.Context(), []string{"-version"}, vars{}.lookup, &stdout, &stderr); code != exitOK || !strings.HasPrefix(stdout.String(), "pglistener ") {
+		t.Errorf("-version: exit code %d: %q", code, stdout.String())
+	}
+	if code := run(t.Context(), []string{"orders"}, vars{}.lookup, &stdout, &stderr); code != exitUsage {
+		t.Errorf("an argument: exit code %d", code)
+	}
+	if code := run(t.Context(), []string{"-nope"}, vars{}.lookup, &stdout, &stderr); code != exitUsage {
+		t.Errorf("an unknown flag: exit code %d", code)
+	}
+}
+
+func FuzzParseChannels(f *testing.F) {
+	for _, s := range []string{"orders", "a=log,b=doorbell:exec:./x y", "=", ",", "a==", "a=plain:log", "a=doorbell:", "\xff", "a,a", strings.Repeat("x", 64)} {
+		f.Add(s)
+	}
+	table := handlerTable()
+	f.Fuzz(func(t *testing.T, s string) {
+		routes, err := parseChannels(s, table)
+		if err == nil && len(routes) != strings.Count(s, ",")+1 {
+			t.Errorf("%d entries without a complaint became %d channels", strings.Count(s, ",")+1, len(routes))
+		}
+		seen := map[string]bool{}
+		for _, r := range routes {
+			if r.channel == "" || len(r.channel) > maxChannel || !utf8.ValidString(r.channel) || seen[r.channel] || table[r.handler] == nil {
+				t.Errorf("accepted %+v", r)
+			}
+			seen[r.channel] = true
+		}
+	})
+}
+
+func FuzzConfig(f *testing.F) {
+	f.Add("10s", "5", "block", "postgres://u:p@h/d")
+	f.Add("-1s", "x", "", "host=h password=secret")
+	f.Add("1e9s", "99999999999999999999", "drop", "postgres://[::1")
+	f.Fuzz(func(t *testing.T, duration, number, overflow, dsn string) {
+		cfg, problems := loadConfig(vars{"DATABASE_URL": dsn, "CHANNELS": "a", "PING_INTERVAL": duration, "QUEUE_SIZE": number, "OVERFLOW": overflow}.lookup, handlerTable())
+		if len(problems) == 0 && (cfg.PingInterval < time.Nanosecond || cfg.QueueSize < 1) {
+			t.Errorf("accepted %+v", cfg)
+		}
+		for _, p := range problems {
+			if strings.Contains(p.Error(), "\n") {
+				t.Errorf("not one line: %q", p)
+			}
+		}
+	})
+}
