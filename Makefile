@@ -2,7 +2,7 @@
 
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: build demo test lint postgres
+.PHONY: build demo test lint postgres tools
 
 build:
 	CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o bin/pglistener .
@@ -12,7 +12,7 @@ demo: postgres build
 	@go build -o bin/demo ./internal/demo
 	@bin/demo bin/pglistener
 
-test: postgres lint
+test: tools lint
 	go test -race -shuffle=on ./...
 
 lint:
@@ -23,3 +23,6 @@ lint:
 # What the tests and the demo need and go does not bring.
 postgres:
 	@sh internal/pgtest/install.sh
+
+tools:
+	@sh internal/pgtest/install.sh all

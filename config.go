@@ -28,9 +28,11 @@ type Config struct {
 	DatabaseURL     string        `env:"DATABASE_URL" file:"true" usage:"connection string, URL or key=value; if empty, the standard PG* variables"`
 	Channels        string        `env:"CHANNELS" usage:"required; comma-separated channel[=[mode:]handler]; modes: plain, doorbell; handlers: log, exec:PROGRAM [ARG...]"`
 	PingInterval    time.Duration `env:"PING_INTERVAL,default=10s" usage:"silence after which the server is pinged"`
-	PingTimeout     time.Duration `env:"PING_TIMEOUT,default=5s" usage:"bound on any single answer: dial, handshake, LISTEN, pong"`
+	PingTimeout     time.Duration `env:"PING_TIMEOUT,default=5s" usage:"bound on any single answer: dial, handshake, LISTEN, pong, probe"`
+	ProbeInterval   time.Duration `env:"PROBE_INTERVAL,default=1m" usage:"how often delivery is proven by a NOTIFY from a second connection; 0 turns it off"`
 	ReconnectMin    time.Duration `env:"RECONNECT_MIN,default=100ms" usage:"first pause between attempts to connect; it doubles, with jitter"`
 	ReconnectMax    time.Duration `env:"RECONNECT_MAX,default=2s" usage:"longest pause between attempts to connect"`
+	StartTimeout    time.Duration `env:"START_TIMEOUT,default=0" usage:"give up when not listening by then; 0 retries for ever"`
 	QueueSize       int           `env:"QUEUE_SIZE,default=10000" usage:"waiting notifications per channel"`
 	Overflow        string        `env:"OVERFLOW,default=block" usage:"when a queue is full: block (stop reading, the server buffers) or drop (discard, log, catch up)"`
 	Concurrency     int           `env:"CONCURRENCY,default=1" usage:"handlers at once per channel; 1 keeps the order"`
@@ -38,6 +40,7 @@ type Config struct {
 	HandlerAttempts int           `env:"HANDLER_ATTEMPTS,default=5" usage:"attempts before a notification is logged as an error and given up"`
 	CatchUpInterval time.Duration `env:"CATCH_UP_INTERVAL,default=5m" usage:"how often doorbell handlers run without being rung; 0 turns it off"`
 	ShutdownTimeout time.Duration `env:"SHUTDOWN_TIMEOUT,default=20s" usage:"how long SIGTERM waits for what was received to be handled"`
+	HTTPAddr        string        `env:"HTTP_ADDR" usage:"address for /livez, /readyz and /metrics, such as :8080; if empty, nothing listens"`
 	LogLevel        string        `env:"LOG_LEVEL,default=info" usage:"debug, info, warn or error"`
 	LogFormat       string        `env:"LOG_FORMAT,default=text" usage:"text or json, on stderr"`
 
@@ -92,6 +95,8 @@ func loadConfig(lookup func(string) (string, bool), table map[string]newHandler)
 		{"PING_TIMEOUT", c.PingTimeout, false},
 		{"RECONNECT_MIN", c.ReconnectMin, false},
 		{"RECONNECT_MAX", c.ReconnectMax, false},
+		{"PROBE_INTERVAL", c.ProbeInterval, true},
+		{"START_TIMEOUT", c.StartTimeout, true},
 		{"HANDLER_TIMEOUT", c.HandlerTimeout, false},
 		{"CATCH_UP_INTERVAL", c.CatchUpInterval, true},
 		{"SHUTDOWN_TIMEOUT", c.ShutdownTimeout, false},
@@ -269,6 +274,9 @@ func (c *Config) warnings() []string {
 // runtimeParameter is what lib/pq sends to the server as a setting because it does not know the key.
 var runtimeParameter = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.]*$`)
 
+var errBadDSN = errors.New("not a valid connection string (not shown: it may hold a password); " +
+	"write postgres://user:password@host:port/database?sslmode=..., with any of % @ : / ? # and blanks in the password percent-encoded")
+
 // checkDSN returns why a connection string can never work, and the variable to
 // blame. lib/pq's own error holds the string, password and all, and a string it
 // accepts may yet carry pieces of a password where they would be shown as a
@@ -281,26 +289,24 @@ func checkDSN(dsn string) (name string, err error) {
 		// Speaks of PG* variables by name; PGPASSWORD is never part of it, for it cannot be wrong.
 		return "PG*", errors.New(strings.TrimPrefix(err.Error(), "pq: "))
 	}
-	bad := errors.New("not a valid connection string (not shown: it may hold a password); " +
-		"write postgres://user:password@host:port/database?sslmode=..., with any of % @ : / ? # and blanks in the password percent-encoded")
 	cfg, err := pq.NewConfig(dsn)
 	if err != nil {
-		return "DATABASE_URL", bad
+		return "DATABASE_URL", errBadDSN
 	}
 	for key := range cfg.Runtime {
 		if !runtimeParameter.MatchString(key) {
-			return "DATABASE_URL", bad
+			return "DATABASE_URL", errBadDSN
 		}
 	}
 	if u, err := url.Parse(dsn); err == nil && strings.HasPrefix(u.Scheme, "postgres") {
 		// A "/", "?" or "#" in a password ends the host part early.
 		beforeQuery, _, _ := strings.Cut(dsn, "?")
 		if u.Fragment != "" || strings.Contains(beforeQuery, "@") && u.User == nil || strings.Count(u.EscapedPath(), "/") > 1 {
-			return "DATABASE_URL", bad
+			return "DATABASE_URL", errBadDSN
 		}
 		for key := range u.Query() {
 			if !runtimeParameter.MatchString(key) {
-				return "DATABASE_URL", bad
+				return "DATABASE_URL", errBadDSN
 			}
 		}
 	}

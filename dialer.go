@@ -2,12 +2,15 @@ package main
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"math/rand/v2"
 	"net"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/lib/pq"
 )
 
 // dialer opens connections to the server for lib/pq and bounds every wait on
@@ -68,7 +71,9 @@ func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (ne
 		}
 		return nil, err
 	}
-	c := &boundedConn{Conn: nc, dialer: d}
+	c := &boundedConn{Conn: nc, timeout: d.timeout, silence: d.silence, heard: func() {
+		d.heard.Store(int64(time.Since(d.epoch)))
+	}}
 	d.mu.Lock()
 	d.conn = c
 	refused := d.ctx.Err() != nil
@@ -128,12 +133,48 @@ func (d *dialer) close() {
 // lastHeard is when the last byte came from the server, or when the dialer was made.
 func (d *dialer) lastHeard() time.Time { return d.epoch.Add(time.Duration(d.heard.Load())) }
 
+// sqlDialer opens the connections of database/sql. As these are read only while
+// an answer is due, the timeout bounds every read.
+type sqlDialer struct{ timeout time.Duration }
+
+// Dial implements pq.Dialer.
+func (d sqlDialer) Dial(network, address string) (net.Conn, error) {
+	return d.DialContext(context.Background(), network, address)
+}
+
+// DialTimeout implements pq.Dialer.
+func (d sqlDialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
+	return sqlDialer{min(timeout, d.timeout)}.Dial(network, address)
+}
+
+// DialContext implements pq.DialerContext: lib/pq prefers it.
+func (d sqlDialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	nc, err := (&net.Dialer{Timeout: d.timeout}).DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	return &boundedConn{Conn: nc, timeout: d.timeout, silence: d.timeout, heard: func() {}}, nil
+}
+
+// openDB returns a pool for short statements, whose every wait is bounded by
+// timeout. It connects when it is first used.
+func openDB(dsn string, timeout time.Duration) (*sql.DB, error) {
+	c, err := pq.NewConnector(dsn)
+	if err != nil {
+		return nil, errBadDSN // not the error itself: it may hold the password
+	}
+	c.Dialer(sqlDialer{timeout})
+	return sql.OpenDB(c), nil
+}
+
 // boundedConn sets the deadlines of each read and write itself. A deadline is
 // only set on entry to Read, so a reader that is held up elsewhere, by a full
 // queue, raises no false alarm.
 type boundedConn struct {
 	net.Conn
-	dialer *dialer
+	timeout time.Duration // for a write, and for the first byte after it
+	silence time.Duration // between two bytes at any time
+	heard   func()        // called when bytes have come
 
 	mu    sync.Mutex // orders the read deadlines of Read and Write
 	owed  bool       // something was written and nothing has come back yet
@@ -142,9 +183,9 @@ type boundedConn struct {
 
 func (c *boundedConn) Read(p []byte) (int, error) {
 	c.mu.Lock()
-	wait := c.dialer.silence
+	wait := c.silence
 	if c.owed {
-		wait = c.dialer.timeout
+		wait = c.timeout
 	}
 	err := c.setReadDeadline(time.Now().Add(wait))
 	c.mu.Unlock()
@@ -153,7 +194,7 @@ func (c *boundedConn) Read(p []byte) (int, error) {
 	}
 	n, err := c.Conn.Read(p)
 	if n > 0 {
-		c.dialer.heard.Store(int64(time.Since(c.dialer.epoch)))
+		c.heard()
 		c.mu.Lock()
 		c.owed = false
 		c.mu.Unlock()
@@ -162,7 +203,7 @@ func (c *boundedConn) Read(p []byte) (int, error) {
 }
 
 func (c *boundedConn) Write(p []byte) (int, error) {
-	deadline := time.Now().Add(c.dialer.timeout)
+	deadline := time.Now().Add(c.timeout)
 	c.mu.Lock()
 	c.owed = true
 	// This also cuts short the Read that is under way.

@@ -87,7 +87,7 @@ func tlsServer(t *testing.T, a *authority, notAfter time.Time) *pgtest.Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	execSQL(t, openDB(t, s.DSN()), "create role app login password 'p@ss/word'")
+	execSQL(t, testDB(t, s.DSN()), "create role app login password 'p@ss/word'")
 	for _, err := range []error{
 		s.WriteFile("server.crt", os.O_TRUNC, certPEM(cert)),
 		s.WriteFile("server.key", os.O_TRUNC, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der})),
@@ -119,7 +119,7 @@ func TestTLSVerifyFullAndSCRAM(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(proxy.Close)
-	db := openDB(t, s.DSN())
+	db := testDB(t, s.DSN())
 	r := start(t, fast(appDSN(proxy.Addr(), a.file()), channel+"=test"), nil).listening(t)
 	notifyOn(t, db, channel, "secret")
 	r.expect(t, "secret")

@@ -113,8 +113,8 @@ func ownServer(t *testing.T, settings ...string) *pgtest.Server {
 	return s
 }
 
-// openDB opens a database for a test's own statements.
-func openDB(t *testing.T, dsn string) *sql.DB {
+// testDB opens a database for a test's own statements.
+func testDB(t *testing.T, dsn string) *sql.DB {
 	t.Helper()
 	db, err := sql.Open("postgres", dsn)
 	if err != nil {
@@ -321,9 +321,9 @@ type running struct {
 	stop     func() (abandoned int)
 }
 
-// run starts a Listener whose handlers may also be "test", which records into heard,
-// and those of table. It is stopped when the test ends.
-func start(t *testing.T, v vars, table map[string]newHandler) *running {
+// start runs a Listener whose handlers may also be "test", which records into heard,
+// and those of table, after the tweaks. It is stopped when the test ends.
+func start(t *testing.T, v vars, table map[string]newHandler, tweaks ...func(*Listener)) *running {
 	t.Helper()
 	r := &running{logs: newLogs(t), heard: make(chan Notification, 100_000)}
 	all := handlerTable()
@@ -339,17 +339,26 @@ func start(t *testing.T, v vars, table map[string]newHandler) *running {
 		t.Fatal(problems)
 	}
 	log := cfg.logger(r.logs)
-	l, err := NewListener(cfg, all, log)
+	l, err := NewListener(cfg, all, newSupervisor(vars{}.lookup, log), log)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, w := range l.workers {
 		w.limits.retry = backoff{min: 10 * time.Millisecond, max: 50 * time.Millisecond}
 	}
+	for _, tweak := range tweaks {
+		tweak(l)
+	}
 	r.listener = l
 	ctx, cancel := context.WithCancel(context.Background())
 	result := make(chan int, 1)
-	go func() { result <- l.Run(ctx) }()
+	go func() {
+		abandoned, err := l.Run(ctx)
+		if err != nil {
+			t.Errorf("Run: %v", err)
+		}
+		result <- abandoned
+	}()
 	var once sync.Once
 	var abandoned int
 	r.stop = func() int {

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
 	"net"
 	"slices"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -28,20 +30,24 @@ type Listener struct {
 	dialer  *dialer
 	quit    context.CancelCauseFunc // cancels what the workers do
 
+	supervisor *supervisor // owned by the loop
+
 	events     chan event // from lib/pq, in order
 	registered chan error // from register: nil once every channel is LISTENed
 	pong       chan error // from ping
 	done       chan struct{}
+	published  atomic.Pointer[status]
 
 	// loop
 	pq         *pq.Listener
-	connected  bool
-	listening  bool         // connected, and every channel is LISTENed
+	status     status
 	complete   bool         // every channel is known to lib/pq, which re-LISTENs it from now on
 	pinging    *boundedConn // what the ping in flight was meant for; nil when there is none
-	since      time.Time    // when listening became true
-	deafSince  time.Time    // when it ceased to be true; zero before the first time
+	since      time.Time    // when the subscription began
+	deafSince  time.Time    // since when nothing is heard for sure; zero before the first subscription
 	failures   repeated
+	fatal      error // ends Run
+	probe      probe
 	held       *Notification // could not be handed on: its queue is full
 	heldBy     *worker
 	lastWorker *worker // of the previous notification: most often also of the next
@@ -61,7 +67,7 @@ const pqPace = time.Millisecond
 
 // NewListener makes a Listener with a handler from table for each channel of
 // cfg. Its error joins those of all handlers. Call Run once to start it.
-func NewListener(cfg *Config, table map[string]newHandler, log *slog.Logger) (*Listener, error) {
+func NewListener(cfg *Config, table map[string]newHandler, sup *supervisor, log *slog.Logger) (*Listener, error) {
 	quit, cancel := context.WithCancelCause(context.Background())
 	l := &Listener{
 		cfg:     cfg,
@@ -69,6 +75,10 @@ func NewListener(cfg *Config, table map[string]newHandler, log *slog.Logger) (*L
 		workers: map[string]*worker{},
 		dialer:  newDialer(cfg.PingTimeout, cfg.PingInterval+cfg.PingTimeout, backoff{cfg.ReconnectMin, cfg.ReconnectMax}),
 		quit:    cancel,
+
+		supervisor: sup,
+
+		probe: newProbe(cfg),
 
 		events:     make(chan event),
 		registered: make(chan error),
@@ -90,12 +100,16 @@ func NewListener(cfg *Config, table map[string]newHandler, log *slog.Logger) (*L
 // Run listens until ctx ends, then stops as section 4 of the design says, and
 // returns how many notifications were received but not handled to the end. It
 // returns within SHUTDOWN_TIMEOUT of the end of ctx, in any state of the network.
-func (l *Listener) Run(ctx context.Context) (abandoned int) {
+// It returns an error, without waiting for ctx, when it cannot begin to listen and
+// waiting is of no use, or START_TIMEOUT has passed.
+func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 	defer close(l.done)
 	defer l.quit(errShutdownTimeout)
 	l.pq = pq.NewDialListener(l.dialer, l.cfg.dsn(), pqPace, pqPace, l.onEvent)
 	go l.register()
 
+	beat := time.NewTicker(l.supervisor.beatInterval())
+	defer beat.Stop()
 	idle := time.NewTimer(l.cfg.PingInterval)
 	defer idle.Stop()
 	sweep := time.NewTimer(jitter(l.cfg.CatchUpInterval))
@@ -103,8 +117,17 @@ func (l *Listener) Run(ctx context.Context) (abandoned int) {
 	if l.cfg.CatchUpInterval == 0 {
 		sweep.Stop()
 	}
+	var started <-chan time.Time
+	if l.cfg.StartTimeout > 0 {
+		started = time.After(l.cfg.StartTimeout)
+	}
+	l.probe.timer = time.NewTimer(0)
+	l.probe.timer.Stop() // until there is a subscription to prove
+	defer l.probe.timer.Stop()
+
 	stop := ctx.Done()
 	var late, tooLate <-chan time.Time // after stop: when to cancel the handlers, when to leave
+	l.publish()
 
 	for {
 		// While a notification is held nothing more is received, so that order
@@ -116,7 +139,7 @@ func (l *Listener) Run(ctx context.Context) (abandoned int) {
 		select {
 		case n, ok := <-notify:
 			if !ok {
-				return l.drain(late, tooLate)
+				return l.drain(late, tooLate), l.fatal
 			}
 			l.dispatch(n)
 			// Take what is already there without going through the whole select.
@@ -126,6 +149,7 @@ func (l *Listener) Run(ctx context.Context) (abandoned int) {
 				}
 				l.dispatch(<-notify)
 			}
+			continue
 		case <-room:
 			l.handHeld()
 		case e := <-l.events:
@@ -136,15 +160,26 @@ func (l *Listener) Run(ctx context.Context) (abandoned int) {
 			idle.Reset(l.pingIfIdle())
 		case err := <-l.pong:
 			l.onPong(err)
+		case <-l.probe.timer.C:
+			l.onProbeTimer()
+		case r := <-l.probe.sent:
+			l.onProbeSent(r)
 		case <-sweep.C:
 			sweep.Reset(jitter(l.cfg.CatchUpInterval))
 			l.catchUp()
+		case <-beat.C:
+			l.supervisor.beat(!l.since.IsZero(), l.deafness())
+		case <-started:
+			if l.since.IsZero() {
+				l.fatal = fmt.Errorf("not listening after START_TIMEOUT (%v): %s", l.cfg.StartTimeout, l.status.reason)
+			}
 		case <-stop:
-			stop = nil
 			l.log.Info("shutting down", "timeout", l.cfg.ShutdownTimeout, "waiting", l.waiting())
+			stop, l.status.stopping = nil, true
+			l.supervisor.stopping()
 			reserve := min(l.cfg.killGrace()+500*time.Millisecond, l.cfg.ShutdownTimeout/2)
 			late, tooLate = time.After(l.cfg.ShutdownTimeout-reserve), time.After(l.cfg.ShutdownTimeout)
-			go l.hangUp(l.listening)
+			go l.hangUp(l.status.listening)
 		case <-late:
 			// Whatever hangs, be it a handler or the network, has had its time:
 			// from now on the workers abandon what they are given.
@@ -154,9 +189,29 @@ func (l *Listener) Run(ctx context.Context) (abandoned int) {
 				l.handHeld()
 			}
 		case <-tooLate:
-			return l.abandoned()
+			return l.abandoned(), l.fatal
 		}
+		if l.fatal != nil && stop != nil {
+			now := make(chan struct{})
+			close(now)
+			stop = now
+		}
+		l.publish()
 	}
+}
+
+// beatInterval is how often the loop shows that it turns.
+const beatInterval = time.Second
+
+// publish shows others how things stand. Only the loop calls it.
+func (l *Listener) publish() {
+	s := l.status
+	s.beat = time.Now()
+	if l.held != nil {
+		s.heldBy = l.heldBy.channel
+		l.status.heldUntil = s.beat
+	}
+	l.published.Store(&s)
 }
 
 // dispatch hands one notification to the worker of its channel. nil is lib/pq's
@@ -167,18 +222,24 @@ func (l *Listener) dispatch(n *pq.Notification) {
 	}
 	w := l.lastWorker
 	if w == nil || w.channel != n.Channel {
+		if n.Channel == l.probe.channel {
+			l.onProbeHeard(n.Extra)
+			return
+		}
 		if w = l.workers[n.Channel]; w == nil {
 			return // a server may say more than we asked for
 		}
 		l.lastWorker = w
 	}
+	l.probe.others++
 	l.hand(w, Notification{Channel: w.channel, Payload: n.Extra, PID: n.BePid})
 }
 
 // hand gives n to w, or holds it until w has room.
 func (l *Listener) hand(w *worker, n Notification) {
 	if !w.offer(n) {
-		l.held, l.heldBy = &n, w
+		held := n // the address of n itself would cost an allocation for each notification
+		l.held, l.heldBy = &held, w
 	}
 }
 
@@ -220,52 +281,90 @@ func (l *Listener) onEvent(kind pq.ListenerEventType, err error) {
 func (l *Listener) observe(e event) {
 	switch e.kind {
 	case pq.ListenerEventConnected, pq.ListenerEventReconnected:
-		l.connected = true
+		l.status.connected = true
 		l.failures.reset()
 		if l.complete {
 			l.startListening(e.at)
+		} else {
+			l.status.reason = "LISTEN has not been answered yet"
 		}
 	case pq.ListenerEventDisconnected:
-		l.connected = false
-		attrs := []any{"error", e.err}
-		if l.listening {
-			l.listening = false
-			attrs = append(attrs, "uptime", e.at.Sub(l.since).Round(time.Millisecond))
-			// Of a connection that fell silent only the last byte is sure; one
-			// that was cut has heard everything until then.
-			l.deafSince = e.at
-			if isTimeout(e.err) {
-				l.deafSince = l.dialer.lastHeard()
-			}
-		}
-		if !errors.Is(e.err, net.ErrClosed) { // else it was our own doing, and told elsewhere
-			l.log.Warn("disconnected", attrs...)
-		}
+		l.onDisconnected(e)
 	case pq.ListenerEventConnectionAttemptFailed:
 		if errors.Is(e.err, errStopping) {
 			return
 		}
-		if worth, attrs := l.failures.count(e.err); worth {
-			l.log.Warn("connection attempt failed", attrs...)
+		l.status.failedAttempts++
+		l.onFailure("connection attempt failed", e.err)
+		if l.since.IsZero() && hopeless(e.err) {
+			l.fatal = e.err
 		}
+	}
+}
+
+// onFailure tells of an attempt that failed, unless it failed as the last ones did.
+func (l *Listener) onFailure(what string, err error) {
+	l.status.reason = fmt.Sprintf("%s: %v", what, err)
+	attrs := []any{"error", err}
+	if text := advice(err).text; text != "" {
+		l.status.reason += ": " + text
+		attrs = append(attrs, "hint", text)
+	}
+	if attempt, worth := l.failures.count(err); worth {
+		l.log.Warn(what, append([]any{"attempt", attempt}, attrs...)...)
+	}
+}
+
+func (l *Listener) onDisconnected(e event) {
+	l.status.connected = false
+	l.status.reason = fmt.Sprintf("disconnected: %v", e.err)
+	attrs := []any{"error", e.err}
+	if l.status.listening {
+		l.status.listening = false
+		attrs = append(attrs, "uptime", e.at.Sub(l.since).Round(time.Millisecond))
+		// Of a connection that fell silent only the last byte is sure; one that was
+		// cut has heard everything until then.
+		l.deafSince = e.at
+		if isTimeout(e.err) {
+			l.deafSince = l.dialer.lastHeard()
+		}
+		l.endProbe()
+	}
+	if !errors.Is(e.err, net.ErrClosed) { // else it was our own doing, and told elsewhere
+		l.log.Warn("disconnected", attrs...)
 	}
 }
 
 // startListening begins a subscription: every channel is LISTENed, on one connection.
 func (l *Listener) startListening(at time.Time) {
-	l.listening, l.since = true, at
+	l.status.listening, l.status.reason, l.since = true, "", at
 	c := l.dialer.current()
 	attrs := []any{"channels", slices.Sorted(maps.Keys(l.workers)),
-		"server", c.RemoteAddr(), "local", c.LocalAddr()} // local is client_addr and client_port in pg_stat_activity
-	if l.deafSince.IsZero() {
+		"server", c.RemoteAddr().String(), "local", c.LocalAddr().String()} // local is client_addr and client_port in pg_stat_activity
+	switch {
+	case l.deafSince.IsZero():
 		l.log.Info("listening", attrs...)
-	} else {
+	case l.probe.lost > 0: // the gap goes on until a probe comes back
+		l.status.reconnects++
+		l.log.Warn("reconnected; whether notifications arrive now is yet to be proven", attrs...)
+	default:
 		// What was sent meanwhile went to nobody: PostgreSQL keeps nothing for a
 		// listener that is away, so what it was cannot be known.
-		l.log.Warn("reconnected; notifications sent during the gap are lost to plain channels", append(attrs,
-			"gap_from", l.deafSince, "gap_to", at, "gap", at.Sub(l.deafSince).Round(time.Millisecond))...)
+		l.status.reconnects++
+		l.tellGap("reconnected; notifications sent during the gap are lost to plain channels", l.deafSince, at, attrs...)
 	}
 	l.catchUp()
+	l.startProbe()
+	l.publish()
+	l.supervisor.beat(true, l.deafness())
+}
+
+// tellGap counts and logs a time in which notifications may have been lost.
+func (l *Listener) tellGap(message string, from, to time.Time, attrs ...any) {
+	gap := to.Sub(from)
+	l.status.gaps++
+	l.status.gapTotal += gap
+	l.log.Warn(message, append(attrs, "gap_from", from, "gap_to", to, "gap", gap.Round(time.Millisecond))...)
 }
 
 // register LISTENs every channel for the first time, on its own goroutine since
@@ -277,9 +376,9 @@ func (l *Listener) register() {
 		case <-l.done:
 		}
 	}
-	for _, r := range l.cfg.routes {
+	for channel := range l.channels() {
 		for attempt := 1; ; attempt++ {
-			err := l.pq.Listen(r.channel)
+			err := l.pq.Listen(channel)
 			if err == nil || errors.Is(err, pq.ErrChannelAlreadyOpen) {
 				break
 			}
@@ -287,7 +386,7 @@ func (l *Listener) register() {
 				return
 			}
 			// The server refused: a standby, until it is promoted (fact 18).
-			report(fmt.Errorf("listen %q: %w", r.channel, err))
+			report(fmt.Errorf("listen %q: %w", channel, err))
 			if !sleep(l.dialer.ctx, l.dialer.backoff.after(attempt)) {
 				return
 			}
@@ -299,15 +398,27 @@ func (l *Listener) register() {
 	report(nil)
 }
 
+// channels yields what is to be LISTENed: the probe's own channel first.
+func (l *Listener) channels() iter.Seq[string] {
+	return func(yield func(string) bool) {
+		if l.probe.interval > 0 && !yield(l.probe.channel) {
+			return
+		}
+		for _, r := range l.cfg.routes {
+			if !yield(r.channel) {
+				return
+			}
+		}
+	}
+}
+
 func (l *Listener) onRegistered(err error) {
 	if err != nil {
-		if worth, attrs := l.failures.count(err); worth {
-			l.log.Warn("server refuses to listen", attrs...)
-		}
+		l.onFailure("server refuses to listen", err)
 		return
 	}
 	l.complete = true
-	if l.connected {
+	if l.status.connected {
 		l.startListening(time.Now())
 	}
 }
@@ -320,7 +431,7 @@ func (l *Listener) pingIfIdle() time.Duration {
 		return l.cfg.PingInterval - quiet
 	}
 	// While reading has stopped no pong can arrive, and silence means nothing.
-	if l.connected && l.pinging == nil && l.held == nil {
+	if l.status.connected && l.pinging == nil && l.held == nil {
 		l.pinging = l.dialer.current()
 		// On its own goroutine: the pong is read only while Notify is drained (fact 2).
 		go func() { l.pong <- ping(l.pq) }()
@@ -333,7 +444,7 @@ func (l *Listener) pingIfIdle() time.Duration {
 func (l *Listener) onPong(err error) {
 	c := l.pinging
 	l.pinging = nil
-	if err != nil && l.connected && c == l.dialer.current() {
+	if err != nil && l.status.connected && c == l.dialer.current() {
 		l.log.Warn("ping failed", "error", err)
 		c.Conn.Close()
 	}
@@ -401,7 +512,8 @@ func (l *Listener) abandoned() int {
 func (l *Listener) waiting() int {
 	n := 0
 	for _, w := range l.workers {
-		n += w.waiting()
+		waiting, _ := w.stats()
+		n += waiting
 	}
 	return n
 }
@@ -411,7 +523,8 @@ func isTimeout(err error) bool {
 	return errors.As(err, &timeout) && timeout.Timeout()
 }
 
-func jitter(d time.Duration) time.Duration { return d - d/10 + rand.N(d/5+1) }
+// jitter shortens d by up to a fifth, so that replicas do not act in step.
+func jitter(d time.Duration) time.Duration { return d - rand.N(d/5+1) }
 
 // repeated counts failures that may go on for hours, and says which of them are
 // worth a line in the log: of each kind the 1st, 2nd, 4th, 8th, ...
@@ -422,7 +535,7 @@ type repeated struct {
 
 func (r *repeated) reset() { *r = repeated{} }
 
-func (r *repeated) count(err error) (worth bool, attrs []any) {
+func (r *repeated) count(err error) (attempt int, worth bool) {
 	// A server that fails in ever new ways is not worth more memory than this.
 	if r.alike == nil || len(r.alike) > 100 {
 		r.alike = map[string]int{}
@@ -431,16 +544,15 @@ func (r *repeated) count(err error) (worth bool, attrs []any) {
 	kind := errorKind(err)
 	r.alike[kind]++
 	n := r.alike[kind]
-	return n&(n-1) == 0, []any{"attempt", r.attempt, "error", err}
+	return r.attempt, n&(n-1) == 0
 }
 
 // errorKind is the same for errors that differ in a port number only.
 func errorKind(err error) string {
 	var errno syscall.Errno
-	var server *pq.Error
 	switch {
-	case errors.As(err, &server):
-		return "server: " + string(server.Code)
+	case pq.As(err) != nil:
+		return "server: " + string(pq.As(err).Code)
 	case errors.As(err, &errno):
 		return "system: " + errno.Error()
 	case isTimeout(err):

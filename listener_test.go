@@ -118,7 +118,7 @@ func TestHearsAgainAfterServerRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.wait(t, "reconnected", 1)
-	notifyOn(t, openDB(t, s.DSN()), channel, "after")
+	notifyOn(t, testDB(t, s.DSN()), channel, "after")
 	r.expect(t, "after")
 }
 
@@ -135,7 +135,7 @@ func TestWaitsForServerAtStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.listening(t)
-	notifyOn(t, openDB(t, s.DSN()), channel, "first")
+	notifyOn(t, testDB(t, s.DSN()), channel, "first")
 	r.expect(t, "first")
 }
 
@@ -163,7 +163,7 @@ func TestHearsAgainWhileServerProcessFrozen(t *testing.T) {
 	t.Parallel()
 	channel := channelName(t)
 	s := ownServer(t)
-	db := openDB(t, s.DSN())
+	db := testDB(t, s.DSN())
 	r := start(t, fast(withParams(s.DSN(), "application_name", channel), channel+"=test"), nil).listening(t)
 	for _, pid := range backends(t, db, channel) {
 		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
@@ -270,7 +270,7 @@ func TestHearsAgainWhenConnectionSlotsWereTaken(t *testing.T) {
 	t.Parallel()
 	channel := channelName(t)
 	s := ownServer(t, "max_connections = 6", "superuser_reserved_connections = 0", "max_wal_senders = 0")
-	db := openDB(t, s.DSN())
+	db := testDB(t, s.DSN())
 	db.SetMaxOpenConns(1)
 	if err := db.Ping(); err != nil {
 		t.Fatal(err)
@@ -281,7 +281,7 @@ func TestHearsAgainWhenConnectionSlotsWereTaken(t *testing.T) {
 	proxy.Reset()
 	r.wait(t, "connection attempt failed", 1)
 
-	greedy := openDB(t, s.DSN())
+	greedy := testDB(t, s.DSN())
 	var taken []*sql.Conn
 	for {
 		c, err := greedy.Conn(t.Context())

@@ -34,6 +34,7 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 	flags.SetOutput(stderr)
 	flags.Usage = func() { usage(stderr) }
 	help := flags.Bool("h", false, "print the variables")
+	check := flags.Bool("check", false, "try everything once")
 	version := flags.Bool("version", false, "print the version")
 	if err := flags.Parse(args); err != nil {
 		return exitUsage
@@ -53,9 +54,12 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 	table := handlerTable()
 	cfg, problems := loadConfig(lookup, table)
 	log := cfg.logger(stderr)
-	listener, err := NewListener(cfg, table, log)
+	listener, err := NewListener(cfg, table, newSupervisor(lookup, log), log)
 	if err != nil {
 		problems = append(problems, split(err)...)
+	}
+	if *check {
+		return runCheck(ctx, cfg, problems, stdout)
 	}
 	if len(problems) > 0 {
 		for _, p := range problems {
@@ -68,7 +72,20 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		log.Warn(w)
 	}
 	log.Info("starting", "version", buildVersion(), "pid", os.Getpid())
-	if abandoned := listener.Run(ctx); abandoned > 0 {
+	if cfg.HTTPAddr != "" {
+		health, err := startHealth(cfg.HTTPAddr, listener, log)
+		if err != nil {
+			fmt.Fprintln(stderr, "pglistener:", err)
+			return exitFailed
+		}
+		defer health.close()
+	}
+	abandoned, err := listener.Run(ctx)
+	if err != nil {
+		fmt.Fprintln(stderr, "pglistener:", explain(err))
+		return exitFailed
+	}
+	if abandoned > 0 {
 		log.Error("stopped", "abandoned", abandoned)
 		return exitFailed
 	}
@@ -82,6 +99,7 @@ func usage(w io.Writer) {
   CHANNELS=orders,jobs=doorbell:exec:./drain DATABASE_URL=postgres://... pglistener
 
 Flags:
+  -check    try everything once, print one line per check, exit with 0 or 1
   -h        print this
   -version  print the version
 

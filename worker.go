@@ -38,7 +38,15 @@ type worker struct {
 	calm     *time.Timer   // ends the overflow when the queue has stayed empty
 	dropped  int           // in this overflow
 	missed   bool          // something was dropped since the last catch-up
-	lost     int           // abandoned because quit ended
+	counts   counts
+}
+
+// counts are a worker's totals since the start.
+type counts struct {
+	received, handled, failed, retried, gaveUp, dropped, abandoned int
+
+	caughtUp int       // catch-ups that succeeded
+	seconds  histogram // of every call
 }
 
 // handle is the type of Handler.Handle.
@@ -78,17 +86,19 @@ func newWorker(quit context.Context, channel string, h Handler, doorbell bool, l
 // offer takes n, or returns false: the queue is full, try again when room says so.
 // With OVERFLOW=drop, and once quit has ended, it takes everything.
 func (w *worker) offer(n Notification) bool {
-	if w.doorbell {
-		w.requestCatchUp()
-		return true
-	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.doorbell {
+		w.counts.received++
+		w.ring()
+		return true
+	}
 	if w.quit.Err() != nil {
 		w.abandon(n, errShutdownTimeout)
 		return true
 	}
 	if w.queue.len() < w.limits.queue {
+		w.counts.received++
 		w.queue.push(n)
 		w.start()
 		return true
@@ -104,6 +114,8 @@ func (w *worker) offer(n Notification) bool {
 		}
 	}
 	if w.limits.drop {
+		w.counts.received++
+		w.counts.dropped++
 		w.dropped, w.missed = w.dropped+1, true
 	}
 	return w.limits.drop
@@ -116,15 +128,19 @@ func (w *worker) requestCatchUp() {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.ring()
+}
+
+func (w *worker) ring() {
 	w.rung = true
 	w.start()
 }
 
-// waiting is how many notifications are queued.
-func (w *worker) waiting() int {
+// stats returns how many notifications wait, and the totals.
+func (w *worker) stats() (waiting int, c counts) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.queue.len()
+	return w.queue.len(), w.counts
 }
 
 // drained returns a channel that is closed once nothing waits and nothing runs.
@@ -151,7 +167,7 @@ func (w *worker) abandonRest() int {
 	if w.running > 0 {
 		w.log.Error("handler still runs at the end; it does not obey its context", "running", w.running)
 	}
-	return w.lost + w.running
+	return w.counts.abandoned + w.running
 }
 
 // start sees to it that somebody works. w.mu is held.
@@ -171,12 +187,16 @@ func (w *worker) run() {
 	for w.quit.Err() == nil {
 		if w.rung && !w.catching {
 			w.rung, w.catching = false, true
-			w.do(&d, w.catchUp, Notification{Channel: w.channel})
+			if w.do(&d, w.catchUp, Notification{Channel: w.channel}) {
+				w.counts.caughtUp++
+			}
 			w.catching = false
 		} else if w.queue.len() > 0 {
 			n := w.queue.pop()
 			w.relax()
-			w.do(&d, w.handle, n)
+			if w.do(&d, w.handle, n) {
+				w.counts.handled++
+			}
 		} else {
 			break
 		}
@@ -217,36 +237,39 @@ func (w *worker) endOverflow() {
 	w.fullAt, w.dropped = time.Time{}, 0
 }
 
-// do calls f with n until it succeeds or nothing more can be done. w.mu is held
-// on entry and on return, and not between.
-func (w *worker) do(d *deadline, f handle, n Notification) {
-	w.mu.Unlock()
-	err := w.attempts(d, f, n)
-	w.mu.Lock()
-	if err != nil {
-		w.abandon(n, err)
-	}
-}
-
-// attempts returns nil when f has succeeded or was given up, and the last error
-// when quit ended before either.
-func (w *worker) attempts(d *deadline, f handle, n Notification) error {
+// do calls f with n until it succeeds, which it returns, or nothing more can be
+// done. w.mu is held on entry and on return, and not while f runs.
+func (w *worker) do(d *deadline, f handle, n Notification) (ok bool) {
 	for n.Attempt = 1; ; n.Attempt++ {
-		err := w.call(d.context(w.quit, w.limits.timeout, w.log), f, n)
-		switch {
-		case err == nil:
-			return nil
-		case w.quit.Err() != nil:
-			return err
-		case n.Attempt >= w.limits.attempts:
-			w.log.Error("gave up", "payload", n.Payload, "backend", n.PID, "attempts", n.Attempt, "error", err)
-			return nil
+		w.mu.Unlock()
+		began := time.Now()
+		err := w.call(d.context(w.quit, began, w.limits.timeout, w.log), f, n)
+		took := time.Since(began)
+		w.mu.Lock()
+		w.counts.seconds.observe(took)
+		if err == nil {
+			return true
 		}
+		w.counts.failed++
+		switch {
+		case w.quit.Err() != nil:
+			w.abandon(n, err)
+			return false
+		case n.Attempt >= w.limits.attempts:
+			w.counts.gaveUp++
+			w.log.Error("gave up", "payload", n.Payload, "backend", n.PID, "attempts", n.Attempt, "error", err)
+			return false
+		}
+		w.counts.retried++
 		wait := w.limits.retry.after(n.Attempt)
+		w.mu.Unlock()
 		w.log.Warn("handler failed", "attempt", n.Attempt, "again_in", wait.Round(time.Millisecond), "error", err)
 		d.stop()
-		if !sleep(w.quit, wait) {
-			return err
+		quit := !sleep(w.quit, wait)
+		w.mu.Lock()
+		if quit {
+			w.abandon(n, err)
+			return false
 		}
 	}
 }
@@ -264,7 +287,7 @@ func (w *worker) call(ctx context.Context, f handle, n Notification) (err error)
 
 // abandon leaves a trace of what nobody will handle. w.mu is held.
 func (w *worker) abandon(n Notification, cause error) {
-	w.lost++
+	w.counts.abandoned++
 	w.log.Error("abandoned", "payload", n.Payload, "backend", n.PID, "error", cause)
 }
 
@@ -288,8 +311,7 @@ type deadline struct {
 }
 
 // context returns a context for a call that begins now.
-func (d *deadline) context(parent context.Context, limit time.Duration, log *slog.Logger) context.Context {
-	now := time.Now()
+func (d *deadline) context(parent context.Context, now time.Time, limit time.Duration, log *slog.Logger) context.Context {
 	if d.ctx == nil || now.After(d.until) || d.ctx.Err() != nil {
 		d.stop()
 		d.until = now.Add(limit / 64)

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Makes sure that what the tests and the demo run is on this machine. Installs
-# Debian's packages when it may, and otherwise says what to type.
-
-[ -n "$TEST_DATABASE_URL" ] && exit 0
+# Makes sure that what the tests and the demo run is on this machine: a PostgreSQL
+# server, and with the argument "all" also PgBouncer and promtool. Installs Debian's
+# packages when it may, and otherwise says what to type.
 
 have_postgres() {
+	[ -n "$TEST_DATABASE_URL" ] && return
 	command -v initdb >/dev/null && return
 	for f in /usr/lib/postgresql/*/bin/initdb /usr/pgsql-*/bin/initdb /opt/homebrew/opt/postgresql@*/bin/initdb \
 		/usr/local/opt/postgresql@*/bin/initdb /usr/local/pgsql/bin/initdb /Applications/Postgres.app/Contents/Versions/*/bin/initdb; do
@@ -13,22 +13,54 @@ have_postgres() {
 	return 1
 }
 
-have_postgres && exit 0
+have_pgbouncer() { command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ]; }
 
-if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-	echo "no PostgreSQL server found; installing Debian's package"
-	# Only the programs are wanted, not a cluster that runs.
+have_promtool() { command -v promtool >/dev/null || [ -x bin/promtool ]; }
+
+complete() {
+	have_postgres || return 1
+	[ "$1" != all ] || { have_pgbouncer && have_promtool; }
+}
+
+# Only the programs are wanted: no cluster, and no service that starts.
+install_quietly() {
 	mkdir -p /etc/postgresql-common
 	[ -e /etc/postgresql-common/createcluster.conf ] || echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.conf
-	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends postgresql >/dev/null
-	have_postgres && exit 0
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null
+}
+
+complete "$1" && exit 0
+
+if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+	echo "installing what is missing, from Debian's packages"
+	apt-get update -qq
+	have_postgres || install_quietly postgresql
+	if [ "$1" = all ]; then
+		have_pgbouncer || {
+			install_quietly pgbouncer
+			command -v systemctl >/dev/null && systemctl disable -q --now pgbouncer 2>/dev/null
+		}
+		# The package would bring a service; only this one program is needed.
+		have_promtool || (
+			dir=$(mktemp -d) && chmod 755 "$dir" && mkdir -p bin && out=$PWD/bin &&
+				cd "$dir" && apt-get download -qq prometheus && dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool &&
+				mv usr/bin/promtool "$out/" && rm -rf "$dir"
+		)
+	fi
+	complete "$1" && exit 0
+fi
+
+if have_postgres; then
+	echo "PgBouncer or promtool is missing: the tests that need them will be skipped (apt-get install pgbouncer prometheus; brew install pgbouncer prometheus)" >&2
+	[ "$CI" != true ]
+	exit
 fi
 
 cat >&2 <<'END'
 No PostgreSQL server programs (initdb, postgres) were found. Install them:
 
-  Debian, Ubuntu:  sudo apt-get install postgresql
-  macOS:           brew install postgresql@17
+  Debian, Ubuntu:  sudo apt-get install postgresql pgbouncer prometheus
+  macOS:           brew install postgresql@17 pgbouncer prometheus
 
 or let the tests use a server in a container:
 

@@ -3,6 +3,9 @@
 package pgtest
 
 import (
+	"encoding/binary"
+	"errors"
+	"io"
 	"net"
 	"sync"
 	"time"
@@ -26,11 +29,15 @@ type Proxy struct {
 
 // link is one proxied connection.
 type link struct {
-	client, server net.Conn // server is nil on a link that was born mute
-	silent         chan struct{}
-	silence        sync.Once
-	closed         chan struct{}
-	close          sync.Once
+	client  net.Conn
+	silent  chan struct{}
+	silence sync.Once
+	closed  chan struct{}
+	close   sync.Once
+
+	mu      sync.Mutex
+	server  net.Conn // nil on a link that was born mute
+	startup []byte   // the client's first message
 }
 
 // NewProxy starts a proxy on a port of its own before target, a host:port.
@@ -91,6 +98,19 @@ func (p *Proxy) Reset() {
 		}
 		l.end()
 	}
+}
+
+// Swap puts new sessions of the server behind the open links, as a proxy or pooler does that
+// fails over without telling its client. It works without TLS and with trust authentication.
+func (p *Proxy) Swap() error {
+	p.mu.Lock()
+	target := p.target
+	p.mu.Unlock()
+	var errs []error
+	for _, l := range p.open() {
+		errs = append(errs, l.swap(target))
+	}
+	return errors.Join(errs...)
 }
 
 // Delay holds back everything by d each way, on links made from now on.
@@ -159,12 +179,12 @@ func (p *Proxy) accept() {
 
 func (p *Proxy) serve(l *link, delay time.Duration) {
 	defer p.wg.Done()
-	if l.server == nil {
+	if l.serverConn() == nil {
 		<-l.closed
 	} else {
 		var pumps sync.WaitGroup
-		pumps.Go(func() { l.pump(l.server, l.client, delay) })
-		pumps.Go(func() { l.pump(l.client, l.server, delay) })
+		pumps.Go(func() { l.pump(l.toServer, l.fromClient, delay) })
+		pumps.Go(func() { l.pump(l.client.Write, l.fromServer, delay) })
 		pumps.Wait()
 	}
 	p.mu.Lock()
@@ -176,15 +196,76 @@ func (l *link) end() {
 	l.close.Do(func() {
 		close(l.closed)
 		l.client.Close()
-		if l.server != nil {
-			l.server.Close()
+		if s := l.serverConn(); s != nil {
+			s.Close()
 		}
 	})
 }
 
-// pump copies from src to dst until either ends or the link falls silent. Then it holds
+func (l *link) serverConn() net.Conn {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.server
+}
+
+func (l *link) toServer(p []byte) (int, error) { return l.serverConn().Write(p) }
+
+// fromClient reads from the client, and keeps its first message for a swap.
+func (l *link) fromClient(p []byte) (int, error) {
+	n, err := l.client.Read(p)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.startup == nil && n > 0 {
+		l.startup = append([]byte(nil), p[:n]...)
+	}
+	return n, err
+}
+
+// fromServer reads from the server, and goes on with another one after a swap.
+func (l *link) fromServer(p []byte) (int, error) {
+	for {
+		s := l.serverConn()
+		n, err := s.Read(p)
+		if n > 0 || err == nil || s == l.serverConn() {
+			return n, err
+		}
+	}
+}
+
+// swap puts a new session of the server behind the client's connection.
+func (l *link) swap(target string) error {
+	fresh, err := net.DialTimeout("tcp", target, 5*time.Second)
+	if err != nil {
+		return err
+	}
+	l.mu.Lock()
+	startup := l.startup
+	l.mu.Unlock()
+	if _, err := fresh.Write(startup); err != nil {
+		return err
+	}
+	// Swallow the answer, up to ReadyForQuery: the client has had one.
+	for kind := byte(0); kind != 'Z'; {
+		var head [5]byte
+		if _, err := io.ReadFull(fresh, head[:]); err != nil {
+			return err
+		}
+		kind = head[0]
+		if _, err := io.CopyN(io.Discard, fresh, int64(binary.BigEndian.Uint32(head[1:]))-4); err != nil {
+			return err
+		}
+	}
+	l.mu.Lock()
+	old := l.server
+	l.server = fresh
+	l.mu.Unlock()
+	_ = old.Close() // may have ended meanwhile
+	return nil
+}
+
+// pump copies from read to write until either ends or the link falls silent. Then it holds
 // the sockets open, unread and unwritten, until the link is ended.
-func (l *link) pump(dst, src net.Conn, delay time.Duration) {
+func (l *link) pump(write, read func([]byte) (int, error), delay time.Duration) {
 	type chunk struct {
 		data []byte
 		due  time.Time
@@ -201,14 +282,14 @@ func (l *link) pump(dst, src net.Conn, delay time.Duration) {
 			if l.isSilent() {
 				continue
 			}
-			if _, err := dst.Write(c.data); err != nil && !l.isSilent() {
+			if _, err := write(c.data); err != nil && !l.isSilent() {
 				l.end()
 			}
 		}
 	})
 	buf := make([]byte, 64<<10)
 	for {
-		n, err := src.Read(buf)
+		n, err := read(buf)
 		if n > 0 && !l.isSilent() {
 			c := chunk{data: append([]byte(nil), buf[:n]...), due: time.Now().Add(delay)}
 			select {

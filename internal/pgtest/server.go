@@ -24,6 +24,9 @@ var ErrNotFound = errors.New("no PostgreSQL server found (initdb, postgres); " +
 	"Debian: apt-get install postgresql; macOS: brew install postgresql; " +
 	"or docker compose -f docker-compose.test.yml up -d --wait, and set TEST_DATABASE_URL")
 
+// ErrNoBouncer means that there is no PgBouncer on this machine.
+var ErrNoBouncer = errors.New("no PgBouncer found; Debian: apt-get install pgbouncer; macOS: brew install pgbouncer")
+
 // Database is the database and User the superuser that every server has.
 const (
 	Database = "postgres"
@@ -231,6 +234,60 @@ func (s *Server) SocketDir() string { return s.root }
 // DSN is the URL of a server of this package that is reached at addr.
 func DSN(addr string) string {
 	return fmt.Sprintf("postgres://%s@%s/%s?sslmode=disable", User, addr, Database)
+}
+
+// Bouncer is a PgBouncer.
+type Bouncer struct {
+	Addr string // host:port
+	cmd  *exec.Cmd
+	dir  string
+}
+
+// Bouncer starts a PgBouncer before the server with a pool mode: session,
+// transaction or statement. It returns ErrNoBouncer where there is none.
+func (s *Server) Bouncer(mode string) (*Bouncer, error) {
+	path, err := exec.LookPath("pgbouncer")
+	if err != nil {
+		if path, err = exec.LookPath("/usr/sbin/pgbouncer"); err != nil {
+			return nil, ErrNoBouncer
+		}
+	}
+	port, err := FreePort()
+	if err != nil {
+		return nil, err
+	}
+	b := &Bouncer{Addr: net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), dir: filepath.Join(s.root, "bouncer"+strconv.Itoa(port))}
+	ini := fmt.Sprintf("[databases]\n* = host=127.0.0.1 port=%d user=%s\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = %d\n"+
+		"unix_socket_dir =\nauth_type = any\npool_mode = %s\n", s.Port, User, port, mode)
+	config := filepath.Join(b.dir, "pgbouncer.ini")
+	if err := os.Mkdir(b.dir, 0o755); err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(config, []byte(ini), 0o644); err != nil {
+		return nil, err
+	}
+	b.cmd = exec.Command(path, "-q", config)
+	b.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: s.credential()}
+	if err := b.cmd.Start(); err != nil {
+		return nil, err
+	}
+	for deadline := time.Now().Add(commandTimeout); ; time.Sleep(10 * time.Millisecond) {
+		c, err := net.Dial("tcp", b.Addr)
+		if err == nil {
+			c.Close()
+			return b, nil
+		}
+		if time.Now().After(deadline) {
+			b.Close()
+			return nil, fmt.Errorf("pgbouncer: %w", err)
+		}
+	}
+}
+
+// Close ends the PgBouncer.
+func (b *Bouncer) Close() {
+	_ = b.cmd.Process.Kill()
+	_ = b.cmd.Wait()
 }
 
 // Log returns what the server has logged.
