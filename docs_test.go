@@ -101,3 +101,31 @@ func TestEnvExampleIsReadAlikeByAll(t *testing.T) {
 		t.Error(problems)
 	}
 }
+
+// TestMetricsAreDocumented compares README with /metrics, both ways.
+func TestMetricsAreDocumented(t *testing.T) {
+	t.Parallel()
+	r := start(t, fast(sharedDSN, channelName(t)+"=test"), nil).listening(t)
+	served := map[string]bool{}
+	help := regexp.MustCompile(`(?m)^# HELP (\S+) (.*)\n# TYPE \S+ (\S+)$`)
+	for _, m := range help.FindAllStringSubmatch(string(r.listener.metrics()), -1) {
+		served["| `"+m[1]+"` | "+m[3]+" | "+m[2]+" |"] = true
+	}
+	documented := map[string]bool{}
+	for _, m := range regexp.MustCompile("(?m)^\\| `pglistener_.*\\|$").FindAllString(readFile(t, "README.md"), -1) {
+		documented[m] = true
+	}
+	for row := range served {
+		if !documented[row] {
+			t.Errorf("README lacks the row\n%s", row)
+		}
+	}
+	for row := range documented {
+		if !served[row] {
+			t.Errorf("/metrics does not have\n%s", row)
+		}
+	}
+	if len(served) < 10 {
+		t.Errorf("only %d metrics found", len(served))
+	}
+}

@@ -55,9 +55,10 @@ type Listener struct {
 
 // event is what lib/pq's callback was told.
 type event struct {
-	kind pq.ListenerEventType
-	err  error
-	at   time.Time
+	kind  pq.ListenerEventType
+	err   error
+	at    time.Time
+	heard time.Time // when the last byte had come: soon the next connection will bring more
 }
 
 // pqPace is the pause that lib/pq makes between attempts. It sleeps through it
@@ -261,7 +262,7 @@ func (l *Listener) catchUp() {
 // reconnects, so it must neither call the pq.Listener nor wait for long (fact 10);
 // the loop never blocks, and after it has ended nobody waits for events.
 func (l *Listener) onEvent(kind pq.ListenerEventType, err error) {
-	e := event{kind, err, time.Now()}
+	e := event{kind, err, time.Now(), l.dialer.lastHeard()}
 	switch kind { // here, because lib/pq dials again as soon as this returns
 	case pq.ListenerEventConnected, pq.ListenerEventReconnected:
 		l.dialer.subscribed()
@@ -326,7 +327,7 @@ func (l *Listener) onDisconnected(e event) {
 		// cut has heard everything until then.
 		l.deafSince = e.at
 		if isTimeout(e.err) {
-			l.deafSince = l.dialer.lastHeard()
+			l.deafSince = e.heard
 		}
 		l.endProbe()
 	}

@@ -1,0 +1,169 @@
+package main
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pglistener/pglistener/internal/pgtest"
+)
+
+// The tests of the start: what cannot work ends it with one clear line.
+
+func TestHopelessStartsEndAtOnce(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	root := a.file()
+	good := tlsServer(t, a, time.Now().Add(time.Hour))
+	expired := tlsServer(t, a, time.Now().Add(-time.Hour))
+	dsn := appDSN(good.Addr(), root)
+	for name, c := range map[string]struct{ dsn, want string }{
+		"wrong password":      {strings.Replace(dsn, "p%40ss", "hunter2", 1), "password in DATABASE_URL is wrong"},
+		"unknown role":        {strings.Replace(good.DSN(), "postgres@", "nobody@", 1), "pg_hba.conf"},
+		"unknown database":    {strings.Replace(good.DSN(), "/postgres?", "/nowhere?", 1), "database name"},
+		"expired certificate": {appDSN(expired.Addr(), root), "certificate"},
+		"unknown authority":   {appDSN(good.Addr(), newAuthority(t).file()), "certificate"},
+		"wrong host name":     {strings.Replace(dsn, "localhost", "127.0.0.1", 1), "certificate"},
+		"TLS required":        {strings.Replace(strings.Replace(dsn, "verify-full", "disable", 1), "&sslrootcert="+root, "", 1), "pg_hba.conf"},
+		"no TLS there":        {withParams(ownServerOnce(t), "sslmode", "require"), "sslmode=disable"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := runProgram(t, fast(c.dsn, channelName(t)))
+			p.exit(t, exitFailed, patience)
+			var plain []string
+			for line := range strings.Lines(p.String()) {
+				if strings.HasPrefix(line, "pglistener: ") {
+					plain = append(plain, line)
+				}
+			}
+			if len(plain) != 1 || !strings.Contains(plain[0], c.want) {
+				t.Errorf("want one line with %q, got %q", c.want, plain)
+			}
+			for _, secret := range []string{"hunter2", "p@ss", "p%40ss"} {
+				if strings.Contains(p.String(), secret) {
+					t.Error("the password is shown")
+				}
+			}
+		})
+	}
+}
+
+// ownServerOnce is the DSN of a server without TLS.
+func ownServerOnce(t *testing.T) string { return ownServer(t).DSN() }
+
+func TestRunningListenerOutlivesWhatIsHopelessAtTheStart(t *testing.T) {
+	t.Parallel()
+	channel := channelName(t)
+	s := ownServer(t)
+	db := testDB(t, s.DSN())
+	execSQL(t, db, "create role app login")
+	dsn := strings.Replace(s.DSN(), "postgres@", "app@", 1)
+	r := start(t, fast(dsn, channel+"=test"), nil).listening(t)
+	execSQL(t, db, "alter role app nologin")
+	execSQL(t, db, "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'app'")
+	r.wait(t, "connection attempt failed", 2)
+	execSQL(t, db, "alter role app login")
+	r.wait(t, "reconnected", 1)
+	notifyOn(t, db, channel, "after")
+	r.expect(t, "after")
+}
+
+func TestStartTimeout(t *testing.T) {
+	t.Parallel()
+	dsn, proxy := proxied(t, sharedDSN)
+	proxy.Mute(true)
+	p := runProgram(t, fast(dsn, channelName(t), vars{"START_TIMEOUT": "1500ms"}))
+	p.exit(t, exitFailed, 1500*time.Millisecond+2*time.Second)
+	if !strings.Contains(p.String(), "START_TIMEOUT (1.5s)") || !strings.Contains(p.String(), "i/o timeout") {
+		t.Errorf("it says: %s", p)
+	}
+}
+
+func TestStartTimeoutIsOverOnceListening(t *testing.T) {
+	t.Parallel()
+	channel := channelName(t)
+	r := start(t, fast(sharedDSN, channel+"=test", vars{"START_TIMEOUT": "1s"}), nil).listening(t)
+	time.Sleep(1200 * time.Millisecond) // that nothing happens is the point
+	notify(t, channel, "after")
+	r.expect(t, "after")
+}
+
+// check runs pglistener -check and returns what it printed; it must end in time.
+func check(t *testing.T, v vars, code int) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, program, "-check")
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	for name, value := range v {
+		cmd.Env = append(cmd.Env, name+"="+value)
+	}
+	began := time.Now()
+	out, _ := cmd.CombinedOutput()
+	if took, bound := time.Since(began), 3*testTimeout+500*time.Millisecond; took > bound {
+		t.Errorf("-check took %v, more than %v", took, bound)
+	}
+	if got := cmd.ProcessState.ExitCode(); got != code {
+		t.Errorf("exit code %d, want %d: %s", got, code, out)
+	}
+	return string(out)
+}
+
+func TestCheck(t *testing.T) {
+	t.Parallel()
+	channel := channelName(t)
+	out := check(t, fast(sharedDSN, channel+"=doorbell:exec:cat -n"), exitOK)
+	for _, want := range []string{"ok    handler    " + channel + ": doorbell exec:cat -n", "ok    connect    PostgreSQL ", "ok    server     a primary",
+		"ok    listen     " + channel, "ok    probe      there and back in "} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	if n := len(strings.Split(strings.TrimSpace(out), "\n")); n != 5 {
+		t.Errorf("%d lines, want 5", n)
+	}
+}
+
+func TestCheckRunsNoHandler(t *testing.T) {
+	t.Parallel()
+	mark := filepath.Join(t.TempDir(), "mark")
+	check(t, fast(sharedDSN, channelName(t)+"=doorbell:exec:touch "+mark), exitOK)
+	if _, err := os.Stat(mark); err == nil {
+		t.Error("the doorbell ran")
+	}
+}
+
+func TestCheckFails(t *testing.T) {
+	t.Parallel()
+	silent, proxy := proxied(t, sharedDSN)
+	proxy.Mute(true)
+	s := ownServer(t)
+	standby, err := s.Standby()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(standby.Close)
+	for name, c := range map[string]struct {
+		vars vars
+		want string
+	}{
+		"program":  {fast(sharedDSN, "a=exec:/does/not/exist"), `FAIL  config     CHANNELS: channel "a": program "/does/not/exist" does not exist`},
+		"silent":   {fast(silent, "a"), "FAIL  connect "},
+		"refused":  {fast(pgtest.DSN(freshAddress(t)), "a"), "check host and port"},
+		"standby":  {fast(standby.DSN(), "a"), "FAIL  server     a standby"},
+		"pooler":   {fast(bouncer(t, s, "transaction"), "a"), "FAIL  probe      notifications do not arrive"},
+		"database": {fast(strings.Replace(s.DSN(), "/postgres?", "/nowhere?", 1), "a"), "check the database name"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if out := check(t, c.vars, exitFailed); !strings.Contains(out, c.want) {
+				t.Errorf("no %q in\n%s", c.want, out)
+			}
+		})
+	}
+}
