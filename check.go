@@ -6,14 +6,15 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"slices"
 	"strings"
 	"time"
 )
 
 // runCheck tries everything once, prints one line per check and returns the exit
-// code. problems are those of the configuration, programs included. It runs no
-// handler, and ends within 3 x PING_TIMEOUT whatever the network does.
-func runCheck(ctx context.Context, cfg *Config, problems []error, out io.Writer) int {
+// code. problems are those of the configuration, programs included. l is not started: no
+// handler runs. It ends within 3 x PING_TIMEOUT whatever the network does.
+func runCheck(ctx context.Context, cfg *Config, l *Listener, problems []error, out io.Writer) int {
 	failed := false
 	line := func(ok bool, what, format string, args ...any) {
 		verdict := "ok  "
@@ -53,12 +54,23 @@ func runCheck(ctx context.Context, cfg *Config, problems []error, out io.Writer)
 	}
 	line(true, "server", "a primary")
 
+	for _, channel := range slices.Sorted(maps.Keys(l.handlers)) {
+		if c, ok := l.handlers[channel].(Checker); ok {
+			text, err := c.Check(ctx)
+			if err != nil {
+				text = err.Error()
+			}
+			line(err == nil, "handler", "%s: %s", channel, text)
+		}
+	}
+
 	s, reason := tryListen(ctx, cfg)
-	line(s.listening, "listen", "%s", orReason(s.listening, strings.Join(names, ", "), reason))
+	listened := s.listening || s.deaf != ""
+	line(listened, "listen", "%s", orReason(listened, strings.Join(names, ", "), reason))
 	switch {
 	case cfg.ProbeInterval == 0:
 		line(true, "probe", "turned off by PROBE_INTERVAL=0: delivery is not proven")
-	case s.listening:
+	case listened:
 		line(s.provenHere, "probe", "%s", orReason(s.provenHere, "there and back in "+s.roundTrip.Round(time.Microsecond).String(), reason))
 	}
 	if failed {
@@ -88,11 +100,12 @@ func server(ctx context.Context, cfg *Config) (version string, standby bool, err
 // tryListen runs a real Listener, with handlers that do nothing, until it is ready, or knows
 // that it is deaf, or ctx ends. It returns where it got to, and why not further.
 func tryListen(ctx context.Context, cfg *Config) (status, string) {
+	idle := func(string, env) (Handler, error) {
+		return HandlerFunc(func(context.Context, Notification) error { return nil }), nil
+	}
 	table := map[string]newHandler{}
-	for name := range maps.Keys(handlerTable()) {
-		table[name] = func(string, env) (Handler, error) {
-			return HandlerFunc(func(context.Context, Notification) error { return nil }), nil
-		}
+	for _, r := range cfg.routes {
+		table[r.handler] = idle
 	}
 	quiet := slog.New(slog.DiscardHandler)
 	l, err := NewListener(cfg, table, &supervisor{log: quiet}, quiet)
@@ -105,6 +118,14 @@ func tryListen(ctx context.Context, cfg *Config) (status, string) {
 		_, err := l.Run(listening)
 		ended <- err
 	}()
+	defer func() {
+		stop()
+		select { // it ends by itself; the caller's time is not waited for in vain
+		case <-ended:
+		case <-ctx.Done():
+		case <-time.After(time.Second):
+		}
+	}()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	var s status
@@ -116,15 +137,12 @@ func tryListen(ctx context.Context, cfg *Config) (status, string) {
 		case <-tick.C:
 		}
 		if p := l.published.Load(); p != nil {
-			s, reason = *p, l.deafness()
-			done = done || reason == "" || s.deaf != ""
+			s, reason = *p, l.judge(*p)
+			if s.deaf != "" { // it listens, and is about to try another connection
+				return s, s.deaf
+			}
+			done = done || reason == ""
 		}
-	}
-	stop()
-	select { // it ends by itself; what is left of the time is not waited for in vain
-	case <-ended:
-	case <-ctx.Done():
-	case <-time.After(time.Second):
 	}
 	return s, reason
 }

@@ -26,7 +26,7 @@ import (
 // may name a file that holds the value.
 type Config struct {
 	DatabaseURL     string        `env:"DATABASE_URL" file:"true" usage:"connection string, URL or key=value; if empty, the standard PG* variables"`
-	Channels        string        `env:"CHANNELS" usage:"required; comma-separated channel[=[mode:]handler]; modes: plain, doorbell; handlers: log, exec:PROGRAM [ARG...]"`
+	Channels        string        `env:"CHANNELS" usage:"required; comma-separated channel[=[mode:]handler]; modes: plain, doorbell, outbox; handlers: log, exec:PROGRAM [ARG...], http://..., https://..."`
 	PingInterval    time.Duration `env:"PING_INTERVAL,default=10s" usage:"silence after which the server is pinged"`
 	PingTimeout     time.Duration `env:"PING_TIMEOUT,default=5s" usage:"bound on any single answer: dial, handshake, LISTEN, pong, probe"`
 	ProbeInterval   time.Duration `env:"PROBE_INTERVAL,default=1m" usage:"how often delivery is proven by a NOTIFY from a second connection; 0 turns it off"`
@@ -39,6 +39,9 @@ type Config struct {
 	HandlerTimeout  time.Duration `env:"HANDLER_TIMEOUT,default=30s" usage:"time limit of one attempt"`
 	HandlerAttempts int           `env:"HANDLER_ATTEMPTS,default=5" usage:"attempts before a notification is logged as an error and given up"`
 	CatchUpInterval time.Duration `env:"CATCH_UP_INTERVAL,default=5m" usage:"how often doorbell handlers run without being rung; 0 turns it off"`
+	OutboxTable     string        `env:"OUTBOX_TABLE,default=outbox" usage:"table of the outbox channels, NAME or SCHEMA.NAME"`
+	OutboxAttempts  int           `env:"OUTBOX_ATTEMPTS,default=20" usage:"attempts before a row of the outbox is kept as failed"`
+	WebhookSecret   string        `env:"WEBHOOK_SECRET" file:"true" usage:"signs POSTs as Standard Webhooks do: whsec_..."`
 	ShutdownTimeout time.Duration `env:"SHUTDOWN_TIMEOUT,default=20s" usage:"how long SIGTERM waits for what was received to be handled"`
 	HTTPAddr        string        `env:"HTTP_ADDR" usage:"address for /livez, /readyz and /metrics, such as :8080; if empty, nothing listens"`
 	LogLevel        string        `env:"LOG_LEVEL,default=info" usage:"debug, info, warn or error"`
@@ -115,6 +118,7 @@ func loadConfig(lookup func(string) (string, bool), table map[string]newHandler)
 		{"QUEUE_SIZE", c.QueueSize},
 		{"CONCURRENCY", c.Concurrency},
 		{"HANDLER_ATTEMPTS", c.HandlerAttempts},
+		{"OUTBOX_ATTEMPTS", c.OutboxAttempts},
 	} {
 		if n.value < 1 {
 			report(n.name, "%d is less than 1", n.value)
@@ -249,7 +253,7 @@ func parseChannels(s string, table map[string]newHandler) ([]route, error) {
 		case r.handler == "":
 			report("channel %q has no handler after the %q", channel, "=")
 		case !known:
-			report("channel %q: %q is neither a mode (plain, doorbell) nor a handler (%s)",
+			report("channel %q: %q is neither a mode (plain, doorbell, outbox) nor a handler (%s)",
 				channel, r.handler, strings.Join(slices.Sorted(maps.Keys(table)), ", "))
 		default:
 			routes = append(routes, r)

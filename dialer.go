@@ -159,9 +159,15 @@ func (d sqlDialer) DialContext(ctx context.Context, network, address string) (ne
 // openDB returns a pool for short statements, whose every wait is bounded by
 // timeout. It connects when it is first used.
 func openDB(dsn string, timeout time.Duration) (*sql.DB, error) {
-	c, err := pq.NewConnector(dsn)
+	cfg, err := pq.NewConfig(dsn)
 	if err != nil {
 		return nil, errBadDSN // not the error itself: it may hold the password
+	}
+	// One round trip per statement, and none that a pooler could tear apart.
+	cfg.BinaryParameters = true
+	c, err := pq.NewConnectorConfig(cfg)
+	if err != nil {
+		return nil, errBadDSN
 	}
 	c.Dialer(sqlDialer{timeout})
 	return sql.OpenDB(c), nil

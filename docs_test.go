@@ -105,7 +105,8 @@ func TestEnvExampleIsReadAlikeByAll(t *testing.T) {
 // TestMetricsAreDocumented compares README with /metrics, both ways.
 func TestMetricsAreDocumented(t *testing.T) {
 	t.Parallel()
-	r := start(t, fast(sharedDSN, channelName(t)+"=test"), nil).listening(t)
+	channel := channelName(t)
+	r := start(t, fast(sharedDSN, channel+"=outbox:log", sending(outboxTable(t, sharedDB))), withOutbox("x", nil)).listening(t)
 	served := map[string]bool{}
 	help := regexp.MustCompile(`(?m)^# HELP (\S+) (.*)\n# TYPE \S+ (\S+)$`)
 	for _, m := range help.FindAllStringSubmatch(string(r.listener.metrics()), -1) {

@@ -49,6 +49,7 @@ func (p *execHandler) Handle(ctx context.Context, n Notification) error {
 	cmd := exec.CommandContext(ctx, p.path, p.args...)
 	cmd.Env = append(os.Environ(),
 		"PGLISTENER_CHANNEL="+n.Channel,
+		"PGLISTENER_ID="+n.ID(),
 		"PGLISTENER_PID="+strconv.Itoa(n.PID),
 		"PGLISTENER_ATTEMPT="+strconv.Itoa(n.Attempt),
 	)

@@ -2,16 +2,35 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
+	"strconv"
+	"time"
 )
 
 // Notification is what a handler is given.
 type Notification struct {
 	Channel string // as in CHANNELS
 	Payload string // as the writer sent it: untrusted, any text without a zero byte
-	PID     int    // process id of the notifying backend
-	Attempt int    // 1, 2, ... up to HANDLER_ATTEMPTS
+	PID     int    // process id of the notifying backend; 0 from the outbox
+	Attempt int    // 1, 2, ... for the same notification
+
+	id     string // the row's, from the outbox
+	serial uint64 // of the notification in this process, otherwise
 }
+
+// ID is the idempotency key: the same at every attempt, and for a row of the
+// outbox also after a restart and in every replica. A plain notification has
+// none of its own, so it is given one that no other has.
+func (n Notification) ID() string {
+	if n.id != "" {
+		return n.id
+	}
+	return processID + "-" + strconv.FormatUint(n.serial, 10)
+}
+
+// processID is what the ids of this process begin with.
+var processID = nonce()
 
 // Handler handles the notifications of one channel.
 //
@@ -22,8 +41,9 @@ type Notification struct {
 // for nothing else can stop it.
 //
 // An error, or a panic, means that it failed: it is called again after a pause
-// with the same notification and the next Attempt. After HANDLER_ATTEMPTS the
-// notification is logged as an ERROR, payload and all, and given up.
+// with the same notification and the next Attempt. After HANDLER_ATTEMPTS, or at
+// once for an error made by Permanent, the notification is logged as an ERROR,
+// payload and all, and given up.
 type Handler interface {
 	Handle(ctx context.Context, n Notification) error
 }
@@ -37,12 +57,75 @@ func (f HandlerFunc) Handle(ctx context.Context, n Notification) error { return 
 // CatchUper is implemented by a Handler that can find by itself what it has
 // missed, because the truth is in a table and not in the payload. CatchUp is
 // called after every (re)connect once all channels are LISTENed, the first
-// included; after an overflow; and every CATCH_UP_INTERVAL. Requests made while
-// one waits or is retried are merged, and CatchUp never runs twice at once.
-// LISTEN comes before it, so the same work can be seen twice: here and in Handle.
-// Context, errors and attempts are as for Handle.
+// included; after an overflow; when delivery resumes after a failed probe; and
+// every CATCH_UP_INTERVAL. Requests made while one waits or is retried are merged,
+// and CatchUp never runs twice at once. LISTEN comes before it, so the same work
+// can be seen twice: here and in Handle. Context, errors and attempts are as for Handle.
 type CatchUper interface {
 	CatchUp(ctx context.Context) error
+}
+
+// Runner is implemented by a Handler that also works on its own. Run is called
+// once, on a goroutine of its own, when the listener starts. It begins nothing
+// new after stop has ended, finishes what it has begun, and returns soon after quit has
+// ended, come what may.
+type Runner interface {
+	Run(stop, quit context.Context)
+}
+
+// Checker is implemented by a Handler that can say, for -check, whether what it
+// needs is there. The text is one line; the error says what to do.
+type Checker interface {
+	Check(ctx context.Context) (string, error)
+}
+
+// Meter is implemented by a Handler that adds figures to /metrics. Stats may be
+// called from any goroutine and must not block. Every figure is given the label channel.
+type Meter interface {
+	Stats() []Stat
+}
+
+// Stat is one figure: its Prometheus name, "gauge" or "counter", what it means.
+type Stat struct {
+	Name, Kind, Help string
+	Value            float64
+}
+
+// Permanent marks an error that no retry can mend. The nil error stays nil.
+func Permanent(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &marked{error: err, permanent: true}
+}
+
+// RetryAfter marks an error after which a retry should wait for d at least.
+func RetryAfter(err error, d time.Duration) error {
+	if err == nil {
+		return nil
+	}
+	return &marked{error: err, after: d}
+}
+
+type marked struct {
+	error
+	permanent bool
+	after     time.Duration
+}
+
+func (m *marked) Unwrap() error { return m.error }
+
+func isPermanent(err error) bool {
+	var m *marked
+	return errors.As(err, &m) && m.permanent
+}
+
+func retryAfter(err error) time.Duration {
+	var m *marked
+	if errors.As(err, &m) {
+		return m.after
+	}
+	return 0
 }
 
 // newHandler makes the handler of one channel at the start. arg is what follows
@@ -52,16 +135,20 @@ type newHandler func(arg string, e env) (Handler, error)
 
 // env is what a handler may need from the program around it.
 type env struct {
-	log *slog.Logger // carries the channel as an attribute
-	cfg *Config
+	channel string
+	log     *slog.Logger // carries the channel as an attribute
+	cfg     *Config
+	table   map[string]newHandler
 }
 
 // handlerTable names everything that may stand right of the "=" in CHANNELS.
 // To add a handler write one function and add one line here.
 func handlerTable() map[string]newHandler {
 	return map[string]newHandler{
-		"log":  newLog,
-		"exec": newExec,
+		"log":   newLog,
+		"exec":  newExec,
+		"http":  newWebhook("http"),
+		"https": newWebhook("https"),
 	}
 }
 

@@ -198,6 +198,16 @@ func withParams(dsn string, keyValues ...string) string {
 	return u.String()
 }
 
+// withUser is a DSN that is a URL, for another user.
+func withUser(dsn, user, password string) string {
+	u, err := url.Parse(dsn)
+	if err != nil {
+		panic(err)
+	}
+	u.User = url.UserPassword(user, password)
+	return u.String()
+}
+
 // logs collects a program's JSON log, and lets a test wait for a line of it.
 type logs struct {
 	mu      sync.Mutex

@@ -139,9 +139,36 @@ func (l *Listener) metrics() []byte {
 		m.sample(duration+"_count", float64(h.count), "channel", c)
 	}
 
+	l.handlerStats(&m)
+
 	m.family("pglistener_build_info", "gauge", "1, with the version as a label.")
 	m.sample("pglistener_build_info", 1, "version", buildVersion())
 	return m.Bytes()
+}
+
+// handlerStats adds what handlers say of themselves: a family must stand in one
+// place, so the channels are gathered under it.
+func (l *Listener) handlerStats(m *exposition) {
+	type sample struct {
+		channel string
+		Stat
+	}
+	families := map[string][]sample{}
+	for channel, h := range l.handlers {
+		if h, ok := h.(Meter); ok {
+			for _, s := range h.Stats() {
+				families[s.Name] = append(families[s.Name], sample{channel, s})
+			}
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(families)) {
+		samples := families[name]
+		slices.SortFunc(samples, func(a, b sample) int { return strings.Compare(a.channel, b.channel) })
+		m.family(name, samples[0].Kind, samples[0].Help)
+		for _, s := range samples {
+			m.sample(name, s.Value, "channel", s.channel)
+		}
+	}
 }
 
 func bit(b bool) float64 {

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -24,11 +25,13 @@ import (
 //
 // Everything lower-case below "loop" belongs to the goroutine of Run.
 type Listener struct {
-	cfg     *Config
-	log     *slog.Logger
-	workers map[string]*worker
-	dialer  *dialer
-	quit    context.CancelCauseFunc // cancels what the workers do
+	cfg      *Config
+	log      *slog.Logger
+	workers  map[string]*worker
+	handlers map[string]Handler
+	dialer   *dialer
+	quitCtx  context.Context // what the handlers' contexts are made of
+	quit     context.CancelCauseFunc
 
 	supervisor *supervisor // owned by the loop
 
@@ -50,6 +53,7 @@ type Listener struct {
 	probe      probe
 	held       *Notification // could not be handed on: its queue is full
 	heldBy     *worker
+	serial     uint64  // notifications so far
 	lastWorker *worker // of the previous notification: most often also of the next
 }
 
@@ -71,11 +75,13 @@ const pqPace = time.Millisecond
 func NewListener(cfg *Config, table map[string]newHandler, sup *supervisor, log *slog.Logger) (*Listener, error) {
 	quit, cancel := context.WithCancelCause(context.Background())
 	l := &Listener{
-		cfg:     cfg,
-		log:     log,
-		workers: map[string]*worker{},
-		dialer:  newDialer(cfg.PingTimeout, cfg.PingInterval+cfg.PingTimeout, backoff{cfg.ReconnectMin, cfg.ReconnectMax}),
-		quit:    cancel,
+		cfg:      cfg,
+		log:      log,
+		workers:  map[string]*worker{},
+		handlers: map[string]Handler{},
+		dialer:   newDialer(cfg.PingTimeout, cfg.PingInterval+cfg.PingTimeout, backoff{cfg.ReconnectMin, cfg.ReconnectMax}),
+		quitCtx:  quit,
+		quit:     cancel,
 
 		supervisor: sup,
 
@@ -88,11 +94,12 @@ func NewListener(cfg *Config, table map[string]newHandler, sup *supervisor, log 
 	}
 	var problems []error
 	for _, r := range cfg.routes {
-		h, err := table[r.handler](r.arg, env{log: log.With("channel", r.channel), cfg: cfg})
+		h, err := table[r.handler](r.arg, env{channel: r.channel, log: log.With("channel", r.channel), cfg: cfg, table: table})
 		if err != nil {
 			problems = append(problems, fmt.Errorf("CHANNELS: channel %q: %w", r.channel, err))
 			continue
 		}
+		l.handlers[r.channel] = h
 		l.workers[r.channel] = newWorker(quit, r.channel, h, r.mode == "doorbell", cfg.limits(), log)
 	}
 	return l, errors.Join(problems...)
@@ -108,6 +115,8 @@ func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 	defer l.quit(errShutdownTimeout)
 	l.pq = pq.NewDialListener(l.dialer, l.cfg.dsn(), pqPace, pqPace, l.onEvent)
 	go l.register()
+	runners, stopRunners := l.startRunners()
+	defer stopRunners()
 
 	beat := time.NewTicker(l.supervisor.beatInterval())
 	defer beat.Stop()
@@ -140,7 +149,7 @@ func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 		select {
 		case n, ok := <-notify:
 			if !ok {
-				return l.drain(late, tooLate), l.fatal
+				return l.drain(runners, late, tooLate), l.fatal
 			}
 			l.dispatch(n)
 			// Take what is already there without going through the whole select.
@@ -178,6 +187,7 @@ func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 			l.log.Info("shutting down", "timeout", l.cfg.ShutdownTimeout, "waiting", l.waiting())
 			stop, l.status.stopping = nil, true
 			l.supervisor.stopping()
+			stopRunners()
 			reserve := min(l.cfg.killGrace()+500*time.Millisecond, l.cfg.ShutdownTimeout/2)
 			late, tooLate = time.After(l.cfg.ShutdownTimeout-reserve), time.After(l.cfg.ShutdownTimeout)
 			go l.hangUp(l.status.listening)
@@ -233,7 +243,8 @@ func (l *Listener) dispatch(n *pq.Notification) {
 		l.lastWorker = w
 	}
 	l.probe.others++
-	l.hand(w, Notification{Channel: w.channel, Payload: n.Extra, PID: n.BePid})
+	l.serial++
+	l.hand(w, Notification{Channel: w.channel, Payload: n.Extra, PID: n.BePid, serial: l.serial})
 }
 
 // hand gives n to w, or holds it until w has room.
@@ -482,22 +493,39 @@ func (l *Listener) hangUp(politely bool) {
 
 // drain waits until the workers have finished what was received, at most until
 // tooLate, and returns how many notifications were abandoned. lib/pq has ended by now.
-func (l *Listener) drain(late, tooLate <-chan time.Time) int {
-workers:
+func (l *Listener) drain(runners <-chan struct{}, late, tooLate <-chan time.Time) int {
+	pending := []<-chan struct{}{runners}
 	for _, w := range l.workers {
-		done := w.drained()
-		for {
-			select {
-			case <-done:
-				continue workers
-			case <-late:
-				l.quit(errShutdownTimeout)
-			case <-tooLate:
-				break workers
-			}
+		pending = append(pending, w.drained())
+	}
+	for len(pending) > 0 {
+		select {
+		case <-pending[0]:
+			pending = pending[1:]
+		case <-late:
+			l.quit(errShutdownTimeout)
+		case <-tooLate:
+			pending = nil
 		}
 	}
 	return l.abandoned()
+}
+
+// startRunners runs the handlers that work on their own. all is closed when all have returned.
+func (l *Listener) startRunners() (all <-chan struct{}, stop func()) {
+	ctx, stop := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	for _, h := range l.handlers {
+		if r, ok := h.(Runner); ok {
+			running.Go(func() { r.Run(ctx, l.quitCtx) })
+		}
+	}
+	done := make(chan struct{})
+	go func() {
+		running.Wait()
+		close(done)
+	}()
+	return done, stop
 }
 
 // abandoned ends the workers and counts what they leave behind.

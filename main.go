@@ -35,6 +35,7 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 	flags.Usage = func() { usage(stderr) }
 	help := flags.Bool("h", false, "print the variables")
 	check := flags.Bool("check", false, "try everything once")
+	schema := flags.Bool("outbox-schema", false, "print the SQL of the outbox")
 	version := flags.Bool("version", false, "print the version")
 	if err := flags.Parse(args); err != nil {
 		return exitUsage
@@ -46,12 +47,15 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 	case *version:
 		fmt.Fprintln(stdout, "pglistener", buildVersion())
 		return exitOK
+	case *schema:
+		return printSchema(lookup, stdout, stderr)
 	case flags.NArg() > 0:
 		fmt.Fprintf(stderr, "pglistener: unexpected argument %q: everything is set by environment variables; see pglistener -h\n", flags.Arg(0))
 		return exitUsage
 	}
 
 	table := handlerTable()
+	table["outbox"] = outboxes()
 	cfg, problems := loadConfig(lookup, table)
 	log := cfg.logger(stderr)
 	listener, err := NewListener(cfg, table, newSupervisor(lookup, log), log)
@@ -59,7 +63,7 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		problems = append(problems, split(err)...)
 	}
 	if *check {
-		return runCheck(ctx, cfg, problems, stdout)
+		return runCheck(ctx, cfg, listener, problems, stdout)
 	}
 	if len(problems) > 0 {
 		for _, p := range problems {
@@ -101,6 +105,8 @@ func usage(w io.Writer) {
 Flags:
   -check    try everything once, print one line per check, exit with 0 or 1
   -h        print this
+  -outbox-schema
+            print the SQL that makes OUTBOX_TABLE, for psql or a migration
   -version  print the version
 
 Variables, with default and meaning:

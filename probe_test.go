@@ -6,7 +6,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -199,12 +198,7 @@ func TestProbeThatCannotBeSentIsAWarning(t *testing.T) {
 	role := "r" + strconv.FormatInt(time.Now().UnixNano(), 36)
 	execSQL(t, sharedDB, "create role "+role+" login connection limit 1 password 'x'")
 	t.Cleanup(func() { _, _ = sharedDB.Exec("drop role " + role) })
-	u, err := url.Parse(sharedDSN)
-	if err != nil {
-		t.Fatal(err)
-	}
-	u.User = url.UserPassword(role, "x")
-	r := start(t, probing(u.String(), channel+"=test"), nil).listening(t)
+	r := start(t, probing(withUser(sharedDSN, role, "x"), channel+"=test"), nil).listening(t)
 	web := r.web(t)
 	if line := r.wait(t, "probe could not be sent", 2); line["level"] != "WARN" {
 		t.Errorf("%v", line)

@@ -52,7 +52,11 @@ func (l *Listener) deafness() string {
 	if reason := l.alive(); reason != "" {
 		return reason
 	}
-	s := l.published.Load()
+	return l.judge(*l.published.Load())
+}
+
+// judge is deafness as of s.
+func (l *Listener) judge(s status) string {
 	quiet := time.Since(l.dialer.lastHeard())
 	// While reading is stopped for a full queue nothing can be heard, but the server
 	// keeps what is sent; and the proofs that are missed meanwhile may still be due.

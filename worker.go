@@ -243,7 +243,7 @@ func (w *worker) do(d *deadline, f handle, n Notification) (ok bool) {
 	for n.Attempt = 1; ; n.Attempt++ {
 		w.mu.Unlock()
 		began := time.Now()
-		err := w.call(d.context(w.quit, began, w.limits.timeout, w.log), f, n)
+		err := callHandler(d.context(w.quit, began, w.limits.timeout, w.log), f, n, w.log)
 		took := time.Since(began)
 		w.mu.Lock()
 		w.counts.seconds.observe(took)
@@ -255,13 +255,13 @@ func (w *worker) do(d *deadline, f handle, n Notification) (ok bool) {
 		case w.quit.Err() != nil:
 			w.abandon(n, err)
 			return false
-		case n.Attempt >= w.limits.attempts:
+		case n.Attempt >= w.limits.attempts || isPermanent(err):
 			w.counts.gaveUp++
 			w.log.Error("gave up", "payload", n.Payload, "backend", n.PID, "attempts", n.Attempt, "error", err)
 			return false
 		}
 		w.counts.retried++
-		wait := w.limits.retry.after(n.Attempt)
+		wait := max(w.limits.retry.after(n.Attempt), retryAfter(err))
 		w.mu.Unlock()
 		w.log.Warn("handler failed", "attempt", n.Attempt, "again_in", wait.Round(time.Millisecond), "error", err)
 		d.stop()
@@ -274,12 +274,12 @@ func (w *worker) do(d *deadline, f handle, n Notification) (ok bool) {
 	}
 }
 
-// call calls f once and turns a panic into an error.
-func (w *worker) call(ctx context.Context, f handle, n Notification) (err error) {
+// callHandler calls f once and turns a panic into an error.
+func callHandler(ctx context.Context, f handle, n Notification, log *slog.Logger) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v", p)
-			w.log.Error("handler panicked", "panic", p, "stack", string(debug.Stack()))
+			log.Error("handler panicked", "panic", p, "stack", string(debug.Stack()))
 		}
 	}()
 	return f(ctx, n)
