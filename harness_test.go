@@ -19,6 +19,7 @@ import (
 
 	"github.com/lib/pq"
 
+	"github.com/pglistener/pglistener/internal/benchside"
 	"github.com/pglistener/pglistener/internal/pgtest"
 )
 
@@ -42,6 +43,9 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	if task, ok := benchside.FromEnv(); ok {
+		benchSide(task)
+	}
 	code, err := setUpAndRun(m)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -85,7 +85,8 @@ func NewListener(cfg *Config, table map[string]newHandler, sup *supervisor, log 
 
 		supervisor: sup,
 
-		probe: newProbe(cfg),
+		status: status{reason: "not connected yet"},
+		probe:  newProbe(cfg),
 
 		events:     make(chan event),
 		registered: make(chan error),

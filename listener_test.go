@@ -165,6 +165,12 @@ func TestHearsAgainWhileServerProcessFrozen(t *testing.T) {
 	s := ownServer(t)
 	db := testDB(t, s.DSN())
 	r := start(t, fast(withParams(s.DSN(), "application_name", channel), channel+"=test"), nil).listening(t)
+	r.wait(t, "delivery proven", 1)
+	// A process that is frozen with a lock in its hands freezes the whole server; this one waits for us.
+	eventually(t, "the session is never idle", func() (idle bool) {
+		err := db.QueryRow("select wait_event = 'ClientRead' from pg_stat_activity where application_name = $1 and state = 'idle'", channel).Scan(&idle)
+		return err == nil && idle
+	})
 	for _, pid := range backends(t, db, channel) {
 		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 			t.Fatal(err)

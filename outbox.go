@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -23,6 +24,7 @@ import (
 // channels share one table and two connections.
 func outboxes() newHandler {
 	var db *sql.DB // opened for the first channel; database/sql connects when it is used
+	users := new(atomic.Int32)
 	return func(arg string, e env) (Handler, error) {
 		name, rest, _ := strings.Cut(arg, ":")
 		inner, ok := e.table[name]
@@ -45,7 +47,14 @@ func outboxes() newHandler {
 			db.SetMaxIdleConns(2)
 			db.SetConnMaxIdleTime(time.Minute)
 		}
-		return newOutbox(db, t, h, e), nil
+		users.Add(1)
+		o := newOutbox(db, t, h, e)
+		o.release = func() {
+			if users.Add(-1) == 0 {
+				db.Close()
+			}
+		}
+		return o, nil
 	}
 }
 
@@ -55,6 +64,7 @@ type outbox struct {
 	handler  Handler
 	log      *slog.Logger
 	store    store
+	release  func()        // closes the connections after the last channel
 	workers  int           // CONCURRENCY
 	timeout  time.Duration // HANDLER_TIMEOUT
 	margin   time.Duration // how long a claimed row may wait before it is begun
@@ -155,6 +165,7 @@ func nudge(c chan struct{}) {
 
 // Run implements Runner.
 func (o *outbox) Run(stop, quit context.Context) {
+	defer o.release()
 	var workers, writer sync.WaitGroup
 	for range o.workers {
 		workers.Go(func() { o.work(quit) })

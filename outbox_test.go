@@ -27,7 +27,13 @@ func outboxTable(t *testing.T, db *sql.DB) string {
 		name = name[:50]
 	}
 	makeOutbox(t, db, name)
+	dropLater(t, db, name)
 	return name
+}
+
+// dropLater drops a table when the test ends, for a test may run several times.
+func dropLater(t *testing.T, db *sql.DB, name string) {
+	t.Cleanup(func() { _, _ = db.Exec(`drop table if exists "` + name + `"`) })
 }
 
 func makeOutbox(t *testing.T, db *sql.DB, name string) {
@@ -344,6 +350,7 @@ func TestOutboxSurvivesLossOfItsTable(t *testing.T) {
 	t.Parallel()
 	channel, s := channelName(t), &seen{}
 	tab := channelName(t)
+	dropLater(t, sharedDB, tab)
 	r := start(t, fast(sharedDSN, channel+"=outbox:seen", sending(tab)), withOutbox("seen", s)).listening(t)
 	line := r.wait(t, "outbox cannot be read", 1) // not made yet
 	if want := "OUTBOX_TABLE=" + tab + " pglistener -outbox-schema | psql"; !strings.Contains(line["hint"].(string), want) {

@@ -388,6 +388,24 @@ func TestReadyzFollowsKillSilenceAndRecovery(t *testing.T) {
 	}
 }
 
+func TestNotReadyBeforeTheFirstConnection(t *testing.T) {
+	t.Parallel()
+	dsn, proxy := proxied(t, sharedDSN)
+	proxy.Mute(true)
+	r := start(t, probing(dsn, channelName(t)+"=test"), nil)
+	web := r.web(t)
+	for end := time.Now().Add(testTimeout + 500*time.Millisecond); time.Now().Before(end); {
+		if code, body := web("/readyz"); code != http.StatusServiceUnavailable || strings.TrimSpace(body) == "" {
+			t.Fatalf("/readyz: %d %q before anything is connected", code, body)
+		}
+	}
+	proxy.Mute(false)
+	ready(t, web)
+	if len(r.all("delivery proven")) == 0 {
+		t.Error("ready before delivery was proven")
+	}
+}
+
 // freshAddress returns an address of the loopback interface that nobody listens on.
 func freshAddress(t *testing.T) string {
 	t.Helper()

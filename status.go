@@ -12,7 +12,7 @@ type status struct {
 	connected bool
 	listening bool // connected, and every channel is LISTENed
 	stopping  bool
-	reason    string // why it is not listening, in words
+	reason    string // why it is not listening, in words; never "" while it is not
 
 	heldBy    string    // the channel whose full queue has stopped the reading; "" when none has
 	heldUntil time.Time // when reading was last known to be stopped
