@@ -2,7 +2,7 @@
 
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: build demo test lint postgres tools
+.PHONY: build demo test lint postgres tools bench
 
 build:
 	CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o bin/pglistener .
@@ -26,3 +26,9 @@ postgres:
 
 tools:
 	@sh internal/pgtest/install.sh all
+
+# Against lib/pq's bare loop, pgx and River; about 15 minutes. ROWS="latency claim" runs some only.
+bench: postgres build
+	@go test -c -o bin/pglistener.test .
+	@cd bench && go build -o ../bin/bench .
+	@bin/bench bin/pglistener bin/pglistener.test $(ROWS)

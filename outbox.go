@@ -231,10 +231,11 @@ func (o *outbox) claim(stop context.Context) {
 		}
 		jobs, err := o.store.claim(room)
 		o.push(jobs)
+		drained := len(jobs) < room
 		if err == nil {
-			err = o.count()
+			err = o.count(drained)
 		}
-		if err == nil && len(jobs) == room {
+		if err == nil && !drained {
 			failures.reset()
 			continue
 		}
@@ -307,12 +308,10 @@ func (o *outbox) push(jobs []job) {
 // work is one of CONCURRENCY goroutines: it handles one job after the other.
 func (o *outbox) work(quit context.Context) {
 	var d deadline
-	defer d.stop()
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for {
 		for len(o.buffer) == 0 && !o.stopping {
-			d.stop()
 			o.ready.Wait()
 		}
 		if o.stopping {
@@ -332,6 +331,7 @@ func (o *outbox) work(quit context.Context) {
 		n := Notification{id: strconv.FormatInt(j.id, 10), Channel: o.channel, Payload: j.payload, Attempt: j.attempts}
 		err := callHandler(d.context(quit, began, o.timeout, o.log), o.handler.Handle, n, o.log)
 		took := time.Since(began)
+		d.end()
 		o.mu.Lock()
 		o.running--
 		o.handling += (took - o.handling) / 8
@@ -454,9 +454,13 @@ func (o *outbox) tally(results []result, lost int) (again bool) {
 }
 
 // count counts the rows for the metrics, now and then: an idle outbox costs nothing.
-func (o *outbox) count() error {
+// The first time waits until nothing is due: with a great backlog it takes long.
+func (o *outbox) count(drained bool) error {
 	o.mu.Lock()
 	recent := time.Since(o.counts.counted) < countInterval
+	if o.counts.counted.IsZero() && !drained {
+		o.counts.counted, recent = time.Now(), true
+	}
 	o.mu.Unlock()
 	if recent {
 		return nil

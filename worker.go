@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -30,6 +31,7 @@ type worker struct {
 	mu       sync.Mutex
 	queue    fifo
 	running  int           // goroutines
+	spare    []*deadline   // of goroutines that have ended, for the next ones
 	done     chan struct{} // see drained
 	rung     bool          // a catch-up waits
 	catching bool          // a catch-up runs
@@ -180,21 +182,24 @@ func (w *worker) start() {
 
 // run works until there is nothing left to do.
 func (w *worker) run() {
-	var d deadline
-	defer d.stop()
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	d := &deadline{}
+	if n := len(w.spare); n > 0 {
+		d, w.spare = w.spare[n-1], w.spare[:n-1]
+	}
+	defer func() { w.spare = append(w.spare, d) }()
 	for w.quit.Err() == nil {
 		if w.rung && !w.catching {
 			w.rung, w.catching = false, true
-			if w.do(&d, w.catchUp, Notification{Channel: w.channel}) {
+			if w.do(d, w.catchUp, Notification{Channel: w.channel}) {
 				w.counts.caughtUp++
 			}
 			w.catching = false
 		} else if w.queue.len() > 0 {
 			n := w.queue.pop()
 			w.relax()
-			if w.do(&d, w.handle, n) {
+			if w.do(d, w.handle, n) {
 				w.counts.handled++
 			}
 		} else {
@@ -245,6 +250,7 @@ func (w *worker) do(d *deadline, f handle, n Notification) (ok bool) {
 		began := time.Now()
 		err := callHandler(d.context(w.quit, began, w.limits.timeout, w.log), f, n, w.log)
 		took := time.Since(began)
+		d.end()
 		w.mu.Lock()
 		w.counts.seconds.observe(took)
 		if err == nil {
@@ -264,7 +270,6 @@ func (w *worker) do(d *deadline, f handle, n Notification) (ok bool) {
 		wait := max(w.limits.retry.after(n.Attempt), retryAfter(err))
 		w.mu.Unlock()
 		w.log.Warn("handler failed", "attempt", n.Attempt, "again_in", wait.Round(time.Millisecond), "error", err)
-		d.stop()
 		quit := !sleep(w.quit, wait)
 		w.mu.Lock()
 		if quit {
@@ -300,37 +305,41 @@ var (
 // overrunGrace is how long after its time limit a handler may still run before the log says so.
 const overrunGrace = 5 * time.Second
 
-// deadline makes contexts with a time limit. Making one costs more than many
-// a handler does, so calls that begin within a 64th of the limit share one: each
-// has at least its limit and at most a 64th more.
+// deadline makes contexts with a time limit, for one call after the other. Making one costs
+// more than many a handler does, so calls that begin within a 64th of the limit
+// share one: each has at least its limit and at most a 64th more.
 type deadline struct {
 	ctx    context.Context
 	cancel context.CancelFunc
-	until  time.Time // when ctx is too old for another call
-	alarm  *time.Timer
+	until  time.Time    // when ctx is too old for another call
+	began  atomic.Int64 // of the call that runs, in Unix nanoseconds; 0 while none does
 }
 
-// context returns a context for a call that begins now.
+// context returns a context for a call that begins now. Call end when it has ended.
 func (d *deadline) context(parent context.Context, now time.Time, limit time.Duration, log *slog.Logger) context.Context {
 	if d.ctx == nil || now.After(d.until) || d.ctx.Err() != nil {
-		d.stop()
+		if d.ctx != nil {
+			d.cancel()
+		}
 		d.until = now.Add(limit / 64)
 		d.ctx, d.cancel = context.WithTimeoutCause(parent, limit+limit/64, errHandlerTimeout)
-		d.alarm = time.AfterFunc(limit+limit/64+overrunGrace, func() {
-			log.Error("handler runs on after HANDLER_TIMEOUT; its channel waits for it", "limit", limit)
+		context.AfterFunc(d.ctx, func() {
+			overrun := d.began.Load()
+			if overrun == 0 {
+				return
+			}
+			time.AfterFunc(overrunGrace, func() {
+				if d.began.Load() == overrun {
+					log.Error("handler runs on after its time limit and does not obey its context; its channel waits for it", "limit", limit)
+				}
+			})
 		})
 	}
+	d.began.Store(now.UnixNano())
 	return d.ctx
 }
 
-// stop must be called when no call runs and none follows soon.
-func (d *deadline) stop() {
-	if d.ctx != nil {
-		d.cancel()
-		d.alarm.Stop()
-		d.ctx = nil
-	}
-}
+func (d *deadline) end() { d.began.Store(0) }
 
 // fifo is a ring that grows as needed; its owner sets the bound.
 type fifo struct {

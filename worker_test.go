@@ -154,6 +154,23 @@ func TestHandlerTimeout(t *testing.T) {
 	}
 }
 
+func TestHandlerThatIgnoresItsContextIsTold(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	w := newTestWorker(t, HandlerFunc(func(context.Context, Notification) error {
+		<-release
+		return nil
+	}), false, limits{timeout: 50 * time.Millisecond})
+	w.give(t, "x")
+	w.wait(t, "handler runs on after its time limit", 1)
+	close(release)
+	w.finish(t)
+	_, c := w.stats()
+	if c.handled != 1 {
+		t.Errorf("%d handled: late is not failed", c.handled)
+	}
+}
+
 func TestConcurrency(t *testing.T) {
 	t.Parallel()
 	const at, total = 4, 100
