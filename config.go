@@ -26,7 +26,7 @@ import (
 // may name a file that holds the value.
 type Config struct {
 	DatabaseURL     string        `env:"DATABASE_URL" file:"true" usage:"connection string, URL or key=value; if empty, the standard PG* variables"`
-	Channels        string        `env:"CHANNELS" usage:"required; comma-separated channel[=[mode:]handler]; modes: plain, doorbell, outbox; handlers: log, exec:PROGRAM [ARG...], http://..., https://..."`
+	Channels        string        `env:"CHANNELS" usage:"required; comma-separated channel[=[mode:]handler]; modes: plain, doorbell, outbox; handlers: log, append:FILE, exec:PROGRAM [ARG...], http://..., https://..."`
 	PingInterval    time.Duration `env:"PING_INTERVAL,default=10s" usage:"silence after which the server is pinged"`
 	PingTimeout     time.Duration `env:"PING_TIMEOUT,default=5s" usage:"bound on any single answer: dial, handshake, LISTEN, pong, probe"`
 	ProbeInterval   time.Duration `env:"PROBE_INTERVAL,default=1m" usage:"how often delivery is proven by a NOTIFY from a second connection; 0 turns it off"`

@@ -53,8 +53,9 @@ func TestAllConfigurationProblemsAtOnce(t *testing.T) {
 			[]string{`PING_INTERVAL: "10" is not a duration`, "PING_TIMEOUT: 0s is not positive", "RECONNECT_MIN: 5s is more than RECONNECT_MAX",
 				"QUEUE_SIZE: 0 is less", `CONCURRENCY: "many" is not a whole number`, "HANDLER_ATTEMPTS: -1 is less", "CATCH_UP_INTERVAL: -1s",
 				`OVERFLOW: "lose"`, `LOG_LEVEL: "loud"`, `LOG_FORMAT: "xml"`}},
-		"files": {vars{"DATABASE_URL_FILE": "/does/not/exist", "CHANNELS": "a"}, []string{"DATABASE_URL_FILE: open /does/not/exist"}},
-		"both":  {vars{"DATABASE_URL": dsn, "DATABASE_URL_FILE": "/x", "CHANNELS": "a"}, []string{"DATABASE_URL_FILE: DATABASE_URL is set too"}},
+		"files":                {vars{"DATABASE_URL_FILE": "/does/not/exist", "CHANNELS": "a"}, []string{"DATABASE_URL_FILE: open /does/not/exist"}},
+		"both":                 {vars{"DATABASE_URL": dsn, "DATABASE_URL_FILE": "/x", "CHANNELS": "a"}, []string{"DATABASE_URL_FILE: DATABASE_URL is set too"}},
+		"no file to append to": {vars{"DATABASE_URL": dsn, "CHANNELS": "a=append:" + dir}, []string{`CHANNELS: channel "a": open ` + dir}},
 		"no file's content": {vars{"DATABASE_URL_FILE": notExecutable, "CHANNELS": "a"},
 			[]string{"DATABASE_URL_FILE: "}},
 	} {
@@ -130,7 +131,7 @@ func TestGoodConnectionStrings(t *testing.T) {
 		"host=localhost search_path=app",
 		"postgres://localhost/db?user=me%40tenant&options=-csearch_path%3Dapp",
 	} {
-		cfg, problems := loadConfig(vars{"DATABASE_URL": dsn, "CHANNELS": "a"}.lookup, handlerTable())
+		cfg, problems := loadConfig(vars{"DATABASE_URL": dsn, "CHANNELS": "a"}.lookup, allHandlers())
 		if len(problems) > 0 {
 			t.Errorf("%s: %v", dsn, problems)
 			continue
@@ -212,7 +213,7 @@ func FuzzParseChannels(f *testing.F) {
 	for _, s := range []string{"orders", "a=log,b=doorbell:exec:./x y", "=", ",", "a==", "a=plain:log", "a=doorbell:", "\xff", "a,a", strings.Repeat("x", 64)} {
 		f.Add(s)
 	}
-	table := handlerTable()
+	table := allHandlers()
 	f.Fuzz(func(t *testing.T, s string) {
 		routes, err := parseChannels(s, table)
 		if err == nil && len(routes) != strings.Count(s, ",")+1 {
@@ -233,7 +234,7 @@ func FuzzConfig(f *testing.F) {
 	f.Add("-1s", "x", "", "host=h password=secret")
 	f.Add("1e9s", "99999999999999999999", "drop", "postgres://[::1")
 	f.Fuzz(func(t *testing.T, duration, number, overflow, dsn string) {
-		cfg, problems := loadConfig(vars{"DATABASE_URL": dsn, "CHANNELS": "a", "PING_INTERVAL": duration, "QUEUE_SIZE": number, "OVERFLOW": overflow}.lookup, handlerTable())
+		cfg, problems := loadConfig(vars{"DATABASE_URL": dsn, "CHANNELS": "a", "PING_INTERVAL": duration, "QUEUE_SIZE": number, "OVERFLOW": overflow}.lookup, allHandlers())
 		if len(problems) == 0 && (cfg.PingInterval < time.Nanosecond || cfg.QueueSize < 1) {
 			t.Errorf("accepted %+v", cfg)
 		}

@@ -86,3 +86,43 @@ func is[E error](err error) bool {
 	var e E
 	return errors.As(err, &e)
 }
+
+func isTimeout(err error) bool {
+	var timeout interface{ Timeout() bool }
+	return errors.As(err, &timeout) && timeout.Timeout()
+}
+
+// repeated counts failures that may go on for hours, and says which of them are
+// worth a line in the log: of each kind the 1st, 2nd, 4th, 8th, ...
+type repeated struct {
+	attempt int
+	alike   map[string]int
+}
+
+func (r *repeated) reset() { *r = repeated{} }
+
+func (r *repeated) count(err error) (attempt int, worth bool) {
+	// A server that fails in ever new ways is not worth more memory than this.
+	if r.alike == nil || len(r.alike) > 100 {
+		r.alike = map[string]int{}
+	}
+	r.attempt++
+	kind := errorKind(err)
+	r.alike[kind]++
+	n := r.alike[kind]
+	return r.attempt, n&(n-1) == 0
+}
+
+// errorKind is the same for errors that differ in a port number only.
+func errorKind(err error) string {
+	var errno syscall.Errno
+	switch {
+	case pq.As(err) != nil:
+		return "server: " + string(pq.As(err).Code)
+	case errors.As(err, &errno):
+		return "system: " + errno.Error()
+	case isTimeout(err):
+		return "timeout"
+	}
+	return err.Error()
+}

@@ -97,7 +97,7 @@ func TestEnvExampleIsReadAlikeByAll(t *testing.T) {
 			v[name] = value
 		}
 	}
-	if _, problems := loadConfig(v.lookup, handlerTable()); len(problems) > 0 {
+	if _, problems := loadConfig(v.lookup, allHandlers()); len(problems) > 0 {
 		t.Error(problems)
 	}
 }

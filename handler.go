@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"log/slog"
+	"os"
 	"strconv"
 	"time"
 )
@@ -145,10 +147,9 @@ type env struct {
 // To add a handler write one function and add one line here.
 func handlerTable() map[string]newHandler {
 	return map[string]newHandler{
-		"log":   newLog,
-		"exec":  newExec,
-		"http":  newWebhook("http"),
-		"https": newWebhook("https"),
+		"log":    newLog,
+		"exec":   newExec,
+		"append": newAppend,
 	}
 }
 
@@ -158,5 +159,37 @@ func newLog(_ string, e env) (Handler, error) {
 		// The payload is a value, never the format: it can forge neither lines nor attributes.
 		e.log.Info("notification", "payload", n.Payload, "backend", n.PID)
 		return nil
+	}), nil
+}
+
+// newAppend makes the handler "append:FILE", which keeps a journal: one line of
+// JSON for each notification. It is also the example to copy.
+//
+// It is called once here, at the start, where a wrong arg is best found. The function
+// that it returns runs for each notification, one at a time and in order unless CONCURRENCY is more
+// than 1. An error (a full disk, say) has it called again, with the same id; so
+// has a kill in mid-line, in the outbox. Whoever reads the journal therefore
+// takes the id for the key, and a line that is not JSON for one that came again.
+func newAppend(arg string, _ env) (Handler, error) {
+	if arg == "" {
+		return nil, errors.New("append needs a file: append:FILE")
+	}
+	open := func() (*os.File, error) { return os.OpenFile(arg, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600) }
+	f, err := open()
+	if err != nil {
+		return nil, err
+	}
+	f.Close()
+	return HandlerFunc(func(_ context.Context, n Notification) error {
+		line, err := json.Marshal(map[string]string{"id": n.ID(), "channel": n.Channel, "payload": n.Payload})
+		if err != nil {
+			return Permanent(err) // it will never be otherwise
+		}
+		f, err := open() // each time, so that logrotate may move it away
+		if err != nil {
+			return err
+		}
+		_, err = f.Write(append(line, '\n'))
+		return errors.Join(err, f.Close())
 	}), nil
 }

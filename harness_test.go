@@ -340,7 +340,7 @@ type running struct {
 func start(t *testing.T, v vars, table map[string]newHandler, tweaks ...func(*Listener)) *running {
 	t.Helper()
 	r := &running{logs: newLogs(t), heard: make(chan Notification, 100_000)}
-	all := handlerTable()
+	all := allHandlers()
 	maps.Copy(all, table)
 	all["test"] = func(string, env) (Handler, error) {
 		return HandlerFunc(func(_ context.Context, n Notification) error {

@@ -22,8 +22,20 @@ type healthServer struct {
 	served chan struct{}
 }
 
-// startHealth listens on addr and serves on a goroutine of its own until close.
-func startHealth(addr string, l *Listener, log *slog.Logger) (*healthServer, error) {
+// startHealth serves on addr, if it is not empty, until what it returns is called.
+func startHealth(addr string, l *Listener, log *slog.Logger) (closeHealth func(), err error) {
+	if addr == "" {
+		return func() {}, nil
+	}
+	h, err := serveHealth(addr, l, log)
+	if err != nil {
+		return nil, err
+	}
+	return h.close, nil
+}
+
+// serveHealth listens on addr and serves on a goroutine of its own until close.
+func serveHealth(addr string, l *Listener, log *slog.Logger) (*healthServer, error) {
 	ln, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("HTTP_ADDR: %w", err)
@@ -65,6 +77,33 @@ func (h *healthServer) close() {
 		h.server.Close()
 	}
 	<-h.served
+}
+
+// askHealth is the flag -healthy: it asks the listener of the same environment
+// whether it is ready, for a container's health check, where there is no curl.
+func askHealth(lookup func(string) (string, bool), stdout io.Writer) int {
+	addr, _ := lookup("HTTP_ADDR")
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil || port == "" {
+		fmt.Fprintln(stdout, "HTTP_ADDR is not set: the listener cannot be asked")
+		return exitFailed
+	}
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		host = "localhost"
+	}
+	client := http.Client{Timeout: 3 * time.Second}
+	res, err := client.Get("http://" + net.JoinHostPort(host, port) + "/readyz")
+	if err != nil {
+		fmt.Fprintln(stdout, "no answer:", err)
+		return exitFailed
+	}
+	defer res.Body.Close()
+	text, _ := io.ReadAll(io.LimitReader(res.Body, 4<<10))
+	fmt.Fprint(stdout, string(text))
+	if res.StatusCode != http.StatusOK {
+		return exitFailed
+	}
+	return exitOK
 }
 
 // answer makes 200 of "" and 503 of a reason.

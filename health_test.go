@@ -128,7 +128,7 @@ func TestMetricsCountFaults(t *testing.T) {
 func TestHealthIsReadOnly(t *testing.T) {
 	t.Parallel()
 	r := start(t, fast(sharedDSN, channelName(t)+"=test"), nil).listening(t)
-	h, err := startHealth("127.0.0.1:0", r.listener, testConfig(t, nil).logger(r.logs))
+	h, err := serveHealth("127.0.0.1:0", r.listener, testConfig(t, nil).logger(r.logs))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -223,6 +223,24 @@ func TestNothingListensUnlessAsked(t *testing.T) {
 		code, _ := get(t, "http://"+addr+"/readyz")
 		return code == http.StatusOK
 	})
+	ask := func(addr string) (int, string) {
+		var out bytes.Buffer
+		code := run(t.Context(), []string{"-healthy"}, vars{"HTTP_ADDR": addr}.lookup, &out, &out)
+		return code, out.String()
+	}
+	if code, text := ask(addr); code != exitOK || text != "ok\n" {
+		t.Errorf("-healthy: %d %q", code, text)
+	}
+	_, port, _ := net.SplitHostPort(addr)
+	if code, text := ask(":" + port); code != exitOK || text != "ok\n" {
+		t.Errorf("-healthy without a host: %d %q", code, text)
+	}
+	if code, text := ask(freshAddress(t)); code != exitFailed || !strings.HasPrefix(text, "no answer") {
+		t.Errorf("-healthy, nobody there: %d %q", code, text)
+	}
+	if code, text := ask(""); code != exitFailed || !strings.HasPrefix(text, "HTTP_ADDR is not set") {
+		t.Errorf("-healthy, nowhere to ask: %d %q", code, text)
+	}
 }
 
 // listeningSockets counts the TCP sockets of a process that listen.
@@ -290,7 +308,8 @@ func TestSystemd(t *testing.T) {
 			}
 			channel := channelName(t)
 			dsn, proxy := proxied(t, sharedDSN)
-			p := runProgram(t, probing(dsn, channel, vars{"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "400000"}))
+			slow, _ := slowScript(t, "2")
+			p := runProgram(t, probing(dsn, channel+"=exec:"+slow, vars{"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "400000"}))
 			until("READY=1")
 			until("STATUS=listening")
 			for range 5 {
@@ -312,8 +331,14 @@ func TestSystemd(t *testing.T) {
 			}
 			p.signal(t, syscall.SIGCONT)
 			until("WATCHDOG=1")
+			// Nor must it be killed while a handler finishes.
+			notify(t, channel, "x\n")
+			p.wait(t, "delivery proven", 2)
 			p.signal(t, syscall.SIGTERM)
 			until("STOPPING=1")
+			for range 5 {
+				until("WATCHDOG=1")
+			}
 			p.exit(t, exitOK, stopBound)
 		})
 	}

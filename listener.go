@@ -10,9 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"slices"
-	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/lib/pq"
@@ -150,7 +148,7 @@ func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 		select {
 		case n, ok := <-notify:
 			if !ok {
-				return l.drain(runners, late, tooLate), l.fatal
+				return l.drain(runners, beat.C, late, tooLate), l.fatal
 			}
 			l.dispatch(n)
 			// Take what is already there without going through the whole select.
@@ -473,120 +471,5 @@ func ping(p *pq.Listener) (err error) {
 	return p.Ping()
 }
 
-// hangUp ends the connection so that nothing is lost that reached the server
-// before: after the pong every notification is on its way, after UNLISTEN no more
-// come, and after Close lib/pq hands on what it has and closes Notify. The bounds on
-// the connection bound this too.
-func (l *Listener) hangUp(politely bool) {
-	if politely {
-		l.dialer.refuse()
-		err := ping(l.pq)
-		if err == nil {
-			err = l.pq.UnlistenAll()
-		}
-		if err != nil {
-			l.log.Warn("could not take leave of the server; what it still had for us is lost", "error", err)
-		}
-	}
-	l.dialer.close()
-	_ = l.pq.Close()
-}
-
-// drain waits until the workers have finished what was received, at most until
-// tooLate, and returns how many notifications were abandoned. lib/pq has ended by now.
-func (l *Listener) drain(runners <-chan struct{}, late, tooLate <-chan time.Time) int {
-	pending := []<-chan struct{}{runners}
-	for _, w := range l.workers {
-		pending = append(pending, w.drained())
-	}
-	for len(pending) > 0 {
-		select {
-		case <-pending[0]:
-			pending = pending[1:]
-		case <-late:
-			l.quit(errShutdownTimeout)
-		case <-tooLate:
-			pending = nil
-		}
-	}
-	return l.abandoned()
-}
-
-// startRunners runs the handlers that work on their own. all is closed when all have returned.
-func (l *Listener) startRunners() (all <-chan struct{}, stop func()) {
-	ctx, stop := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	for _, h := range l.handlers {
-		if r, ok := h.(Runner); ok {
-			running.Go(func() { r.Run(ctx, l.quitCtx) })
-		}
-	}
-	done := make(chan struct{})
-	go func() {
-		running.Wait()
-		close(done)
-	}()
-	return done, stop
-}
-
-// abandoned ends the workers and counts what they leave behind.
-func (l *Listener) abandoned() int {
-	l.quit(errShutdownTimeout)
-	n := 0
-	for _, w := range l.workers {
-		n += w.abandonRest()
-	}
-	return n
-}
-
-func (l *Listener) waiting() int {
-	n := 0
-	for _, w := range l.workers {
-		waiting, _ := w.stats()
-		n += waiting
-	}
-	return n
-}
-
-func isTimeout(err error) bool {
-	var timeout interface{ Timeout() bool }
-	return errors.As(err, &timeout) && timeout.Timeout()
-}
-
 // jitter shortens d by up to a fifth, so that replicas do not act in step.
 func jitter(d time.Duration) time.Duration { return d - rand.N(d/5+1) }
-
-// repeated counts failures that may go on for hours, and says which of them are
-// worth a line in the log: of each kind the 1st, 2nd, 4th, 8th, ...
-type repeated struct {
-	attempt int
-	alike   map[string]int
-}
-
-func (r *repeated) reset() { *r = repeated{} }
-
-func (r *repeated) count(err error) (attempt int, worth bool) {
-	// A server that fails in ever new ways is not worth more memory than this.
-	if r.alike == nil || len(r.alike) > 100 {
-		r.alike = map[string]int{}
-	}
-	r.attempt++
-	kind := errorKind(err)
-	r.alike[kind]++
-	n := r.alike[kind]
-	return r.attempt, n&(n-1) == 0
-}
-
-// errorKind is the same for errors that differ in a port number only.
-func errorKind(err error) string {
-	var errno syscall.Errno
-	switch {
-	case pq.As(err) != nil:
-		return "server: " + string(pq.As(err).Code)
-	case errors.As(err, &errno):
-		return "system: " + errno.Error()
-	case isTimeout(err):
-		return "timeout"
-	}
-	return err.Error()
-}

@@ -35,7 +35,8 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 	flags.Usage = func() { usage(stderr) }
 	help := flags.Bool("h", false, "print the variables")
 	check := flags.Bool("check", false, "try everything once")
-	schema := flags.Bool("outbox-schema", false, "print the SQL of the outbox")
+	schema := flags.Bool("outbox-schema", false, "print the SQL of the outbox") // feature: outbox
+	healthy := flags.Bool("healthy", false, "ask the running listener")         // feature: health
 	version := flags.Bool("version", false, "print the version")
 	if err := flags.Parse(args); err != nil {
 		return exitUsage
@@ -47,15 +48,16 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 	case *version:
 		fmt.Fprintln(stdout, "pglistener", buildVersion())
 		return exitOK
-	case *schema:
-		return printSchema(lookup, stdout, stderr)
+	case *schema: // feature: outbox
+		return printSchema(lookup, stdout, stderr) // feature: outbox
+	case *healthy: // feature: health
+		return askHealth(lookup, stdout) // feature: health
 	case flags.NArg() > 0:
 		fmt.Fprintf(stderr, "pglistener: unexpected argument %q: everything is set by environment variables; see pglistener -h\n", flags.Arg(0))
 		return exitUsage
 	}
 
-	table := handlerTable()
-	table["outbox"] = outboxes()
+	table := allHandlers()
 	cfg, problems := loadConfig(lookup, table)
 	log := cfg.logger(stderr)
 	listener, err := NewListener(cfg, table, newSupervisor(lookup, log), log)
@@ -76,14 +78,12 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		log.Warn(w)
 	}
 	log.Info("starting", "version", buildVersion(), "pid", os.Getpid())
-	if cfg.HTTPAddr != "" {
-		health, err := startHealth(cfg.HTTPAddr, listener, log)
-		if err != nil {
-			fmt.Fprintln(stderr, "pglistener:", err)
-			return exitFailed
-		}
-		defer health.close()
-	}
+	if closeHealth, err := startHealth(cfg.HTTPAddr, listener, log); err != nil { // feature: health
+		fmt.Fprintln(stderr, "pglistener:", err) // feature: health
+		return exitFailed                        // feature: health
+	} else { // feature: health
+		defer closeHealth() // feature: health
+	} // feature: health
 	abandoned, err := listener.Run(ctx)
 	if err != nil {
 		fmt.Fprintln(stderr, "pglistener:", explain(err))
@@ -97,6 +97,15 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 	return exitOK
 }
 
+// allHandlers is the table of handler.go, and the handlers that a team may not want. To do without
+// a feature delete its files and the lines that are marked with its name in this file.
+func allHandlers() map[string]newHandler {
+	table := handlerTable()
+	table["outbox"] = outboxes()                                            // feature: outbox
+	table["http"], table["https"] = newWebhook("http"), newWebhook("https") // feature: webhook
+	return table
+}
+
 func usage(w io.Writer) {
 	fmt.Fprint(w, `pglistener listens on PostgreSQL channels and hands each payload to the handler of its channel.
 
@@ -105,6 +114,7 @@ func usage(w io.Writer) {
 Flags:
   -check    try everything once, print one line per check, exit with 0 or 1
   -h        print this
+  -healthy  ask the listener at HTTP_ADDR whether it is ready, and exit with 0 or 1
   -outbox-schema
             print the SQL that makes OUTBOX_TABLE, for psql or a migration
   -version  print the version

@@ -40,7 +40,7 @@ func bouncer(t *testing.T, s *pgtest.Server, mode string) string {
 // web serves a Listener's health and returns a function that gets a path.
 func (r *running) web(t *testing.T) func(path string) (code int, body string) {
 	t.Helper()
-	h, err := startHealth("127.0.0.1:0", r.listener, testConfig(t, nil).logger(r.logs))
+	h, err := serveHealth("127.0.0.1:0", r.listener, testConfig(t, nil).logger(r.logs))
 	if err != nil {
 		t.Fatal(err)
 	}

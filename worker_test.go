@@ -43,7 +43,7 @@ func newTestWorker(t *testing.T, h Handler, doorbell bool, l limits) testWorker 
 // testConfig is a valid configuration.
 func testConfig(t *testing.T, more vars) *Config {
 	t.Helper()
-	cfg, problems := loadConfig(fast("postgres://localhost/x", "a", more).lookup, handlerTable())
+	cfg, problems := loadConfig(fast("postgres://localhost/x", "a", more).lookup, allHandlers())
 	if len(problems) > 0 {
 		t.Fatal(problems)
 	}

@@ -1,0 +1,47 @@
+package main
+
+import (
+	"encoding/json"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestAppend shows how to test a handler without a server: make it as the program
+// does, give it notifications, look at what it has done.
+func TestAppend(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "journal")
+	h, err := newAppend(path, env{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := Notification{Channel: "orders", Payload: "one\nline", Attempt: 1, serial: 1}
+	second := Notification{Channel: "orders", Payload: "two", Attempt: 1, serial: 2}
+	for _, n := range []Notification{first, second, second} { // the last is a repeat
+		if err := h.Handle(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var ids []string
+	for line := range strings.Lines(readFile(t, path)) {
+		var entry struct{ ID, Channel, Payload string }
+		if err := json.Unmarshal([]byte(line), &entry); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		ids = append(ids, entry.ID)
+		if entry.Channel != "orders" || entry.Payload != map[string]string{first.ID(): first.Payload, second.ID(): second.Payload}[entry.ID] {
+			t.Errorf("%+v", entry)
+		}
+	}
+	if len(ids) != 3 || ids[0] == ids[1] || ids[1] != ids[2] {
+		t.Errorf("ids %v: a repeat has the same one, others do not", ids)
+	}
+
+	if _, err := newAppend("", env{}); err == nil {
+		t.Error("no file is accepted")
+	}
+	if _, err := newAppend(filepath.Join(t.TempDir(), "no", "such", "directory"), env{}); err == nil {
+		t.Error("a file that cannot be written is accepted")
+	}
+}
