@@ -227,14 +227,3 @@ func (t table) hint(err error) string {
 	}
 	return advice(err).text
 }
-
-// cutText cuts s to at most n bytes, not within a character.
-func cutText(s string, n int) string {
-	if len(s) <= n {
-		return s
-	}
-	for n > 0 && !utf8.RuneStart(s[n]) {
-		n--
-	}
-	return s[:n]
-}

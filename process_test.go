@@ -21,11 +21,24 @@ type process struct {
 // runProgram starts the built program with just these variables. It is killed when the test ends.
 func runProgram(t *testing.T, v vars) *process {
 	t.Helper()
+	return runProgramIn(t, "", v)
+}
+
+// runProgramIn is runProgram in a directory.
+func runProgramIn(t *testing.T, dir string, v vars) *process {
+	t.Helper()
 	p := &process{logs: newLogs(t), cmd: exec.Command(program), exited: make(chan error, 1)}
+	p.cmd.Dir = dir
 	p.cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 	for name, value := range v {
 		p.cmd.Env = append(p.cmd.Env, name+"="+value)
 	}
+	return p.start(t)
+}
+
+// start starts what has been set up.
+func (p *process) start(t *testing.T) *process {
+	t.Helper()
 	p.cmd.Stdout, p.cmd.Stderr = p.logs, p.logs
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
