@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -74,6 +75,7 @@ type outbox struct {
 	running  int           // handlers
 	low      int           // when the buffer is down to this, more is claimed
 	results  []result      // not yet written
+	stale    []job         // claimed and not begun for too long: to be given back
 	written  chan struct{} // capacity 1: there are results
 	taken    chan struct{} // capacity 1: the buffer has shrunk
 	handling time.Duration // how long a handler takes, as a moving average
@@ -86,7 +88,8 @@ type job struct {
 	id       int64
 	payload  string
 	attempts int
-	runAt    string    // before it was claimed, as the server writes it: its place in the order
+	runAt    string    // before it was claimed, as the server writes it
+	order    float64   // the same, in seconds
 	claimed  time.Time // by our own clock, which never runs further than the lease
 }
 
@@ -176,13 +179,7 @@ func (o *outbox) Run(stop, quit context.Context) {
 	o.ready.Broadcast()
 	o.mu.Unlock()
 	// What was not begun goes back at once, for another replica to take.
-	if err := o.store.giveBack(unbegun); err != nil {
-		o.log.Warn("claimed rows could not be given back; they are due again when their lease ends", "rows", len(unbegun), "error", err)
-	} else {
-		o.mu.Lock()
-		o.counts.givenBack += len(unbegun)
-		o.mu.Unlock()
-	}
+	o.giveBack(unbegun)
 	finished := make(chan struct{})
 	go func() {
 		workers.Wait()
@@ -211,6 +208,8 @@ func (o *outbox) Run(stop, quit context.Context) {
 func (o *outbox) claim(stop context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	expiry := time.NewTicker(o.margin / 2)
+	defer expiry.Stop()
 	var failures repeated
 	pause := backoff{min: 100 * time.Millisecond, max: 5 * time.Second}
 	stalled := 0 // times in a row that rows were due and could not be had
@@ -220,6 +219,8 @@ func (o *outbox) claim(stop context.Context) {
 			select {
 			case <-o.taken:
 			case <-stop.Done():
+			case <-expiry.C:
+				o.expire()
 			}
 			continue
 		}
@@ -252,10 +253,17 @@ func (o *outbox) claim(stop context.Context) {
 		}
 		// Somebody else has locked what is due, and may hold it for long.
 		timer.Reset(max(next, pause.after(stalled), time.Millisecond))
-		select {
-		case <-timer.C:
-		case <-o.wake:
-		case <-stop.Done():
+		for asleep := true; asleep; {
+			select {
+			case <-timer.C:
+				asleep = false
+			case <-o.wake:
+				asleep = false
+			case <-stop.Done():
+				asleep = false
+			case <-expiry.C:
+				o.expire()
+			}
 		}
 		timer.Stop()
 	}
@@ -285,6 +293,23 @@ func (o *outbox) room() int {
 	return max(free, ahead-len(o.buffer))
 }
 
+// expire has rows given back that were claimed ahead and wait for jobs that have turned slow:
+// another replica may have a free slot, and their lease must outlive the handler.
+func (o *outbox) expire() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n := 0
+	for n < len(o.buffer) && time.Since(o.buffer[n].claimed) > o.margin/2 {
+		n++
+	}
+	o.stale = append(o.stale, o.buffer[:n]...)
+	if n > 0 {
+		o.buffer = slices.Clone(o.buffer[n:])
+		o.handling = max(o.handling, o.margin) // or the same rows would be claimed again at once
+		nudge(o.written)
+	}
+}
+
 func (o *outbox) push(jobs []job) {
 	if len(jobs) == 0 {
 		return
@@ -312,13 +337,16 @@ func (o *outbox) work(quit context.Context) {
 			return
 		}
 		j := o.buffer[0]
+		o.buffer[0] = job{} // let go of the payload
 		o.buffer = o.buffer[1:]
 		if len(o.buffer) <= o.low {
 			nudge(o.taken)
 		}
 		began := time.Now()
 		if began.Sub(j.claimed) > o.margin {
-			continue // its lease might not outlive the handler; it comes due again by itself
+			o.stale = append(o.stale, j)
+			nudge(o.written)
+			continue
 		}
 		o.running++
 		o.mu.Unlock()
@@ -350,16 +378,15 @@ func (o *outbox) write(quit context.Context, last <-chan struct{}) {
 			ended = true
 		}
 		o.mu.Lock()
-		results := o.results
-		o.results = nil
+		results, stale := o.results, o.stale
+		o.results, o.stale = nil, nil
 		o.mu.Unlock()
+		o.giveBack(stale)
 		for len(results) > 0 {
-			lost, err := o.finish(results)
+			rest, err := o.finish(results)
+			results = rest
 			if err == nil {
 				failures.reset()
-				if o.tally(results, lost) {
-					o.poke() // the claimer may sleep until later
-				}
 				break
 			}
 			attempt, worth := failures.count(err)
@@ -374,33 +401,58 @@ func (o *outbox) write(quit context.Context, last <-chan struct{}) {
 	}
 }
 
+// giveBack returns claimed rows that were not begun, for whoever comes first.
+func (o *outbox) giveBack(jobs []job) {
+	if len(jobs) == 0 {
+		return
+	}
+	if err := o.store.giveBack(jobs); err != nil {
+		o.log.Warn("claimed rows could not be given back; they are due again when their lease ends", "rows", len(jobs), "error", err)
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.counts.givenBack += len(jobs)
+}
+
 // finish deletes the rows that are done, and sets when the others are tried again
-// or that they have failed. Rows whose lease was lost stay as they are; lost counts them.
-func (o *outbox) finish(results []result) (lost int, err error) {
-	done := map[int][]int64{} // by attempts, which is nearly always 1
-	var again []retry
+// or that they have failed. Rows whose lease was lost stay as they are. It returns the
+// results that could not be written.
+func (o *outbox) finish(results []result) (rest []result, err error) {
+	done := map[int][]result{} // by attempts, which is nearly always 1
+	var failed []result
 	for _, r := range results {
 		if r.err == nil {
-			done[r.attempts] = append(done[r.attempts], r.id)
+			done[r.attempts] = append(done[r.attempts], r)
+		} else {
+			failed = append(failed, r)
+		}
+	}
+	for attempts, group := range done {
+		ids := make([]int64, len(group))
+		for i, r := range group {
+			ids[i] = r.id
+		}
+		n, e := o.store.complete(ids, attempts)
+		if e != nil {
+			rest, err = append(rest, group...), e
 			continue
 		}
-		again = append(again, o.retryOf(r))
+		o.tally(group, len(group)-n)
 	}
-	for attempts, ids := range done {
-		n, err := o.store.complete(ids, attempts)
-		if err != nil {
-			return lost, err
+	if len(failed) > 0 {
+		again := make([]retry, len(failed))
+		for i, r := range failed {
+			again[i] = o.retryOf(r)
 		}
-		lost += len(ids) - n
-	}
-	if len(again) > 0 {
-		n, err := o.store.reschedule(again)
-		if err != nil {
-			return lost, err
+		n, e := o.store.reschedule(again)
+		if e != nil {
+			return append(rest, failed...), e
 		}
-		lost += len(again) - n
+		o.tally(failed, len(failed)-n)
+		o.poke() // the claimer may sleep until later
 	}
-	return lost, nil
+	return rest, err
 }
 
 // retry says when a row is tried again; not at all when it has failed.
@@ -423,8 +475,8 @@ func (o *outbox) retryOf(r result) retry {
 	}
 }
 
-// tally counts and logs results that are written, and says whether some rows are to be tried again.
-func (o *outbox) tally(results []result, lost int) (again bool) {
+// tally counts and logs results that are written.
+func (o *outbox) tally(results []result, lost int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.counts.leaseLost += lost
@@ -440,11 +492,9 @@ func (o *outbox) tally(results []result, lost int) (again bool) {
 			o.log.Error("gave up; the row stays in the outbox as failed", "id", r.id, "attempts", r.attempts, "error", r.err)
 		default:
 			o.counts.retried++
-			again = true
 			o.log.Warn("handler failed; the row will be tried again", "id", r.id, "attempt", r.attempts, "error", r.err)
 		}
 	}
-	return again
 }
 
 // count counts the rows for the metrics, now and then: an idle outbox costs nothing.

@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"database/sql"
 	_ "embed"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -35,7 +37,7 @@ func (s store) claim(n int) ([]job, error) {
 			for update skip locked)
 		update {table} o set attempts = attempts + 1, run_at = now() + $3 * interval '1 second'
 		from due where o.ctid = due.place
-		returning o.id, o.payload, o.attempts, due.was::text`), s.channel, n, s.lease.Seconds())
+		returning o.id, o.payload, o.attempts, due.was::text, extract(epoch from due.was)::float8`), s.channel, n, s.lease.Seconds())
 	if err != nil {
 		return nil, err
 	}
@@ -43,11 +45,13 @@ func (s store) claim(n int) ([]job, error) {
 	jobs := make([]job, 0, min(n, 100))
 	for rows.Next() {
 		j := job{claimed: began}
-		if err := rows.Scan(&j.id, &j.payload, &j.attempts, &j.runAt); err != nil {
+		if err := rows.Scan(&j.id, &j.payload, &j.attempts, &j.runAt, &j.order); err != nil {
 			return nil, err
 		}
 		jobs = append(jobs, j)
 	}
+	// UPDATE returns rows as it comes upon them.
+	slices.SortFunc(jobs, func(a, b job) int { return cmp.Or(cmp.Compare(a.order, b.order), cmp.Compare(a.id, b.id)) })
 	return jobs, rows.Err()
 }
 

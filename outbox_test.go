@@ -346,6 +346,38 @@ func TestOutboxGivesBackAtShutdown(t *testing.T) {
 	}
 }
 
+// A job that turns slow must not keep from other replicas what was claimed ahead of it.
+func TestOutboxGivesBackWhatWaitsTooLong(t *testing.T) {
+	t.Parallel()
+	channel, tab, s := channelName(t), outboxTable(t, sharedDB), &seen{}
+	gate := make(chan struct{})
+	defer close(gate)
+	var handled atomic.Int64
+	const total = 500
+	execSQL(t, sharedDB, `insert into "`+tab+`" (channel, payload) select $1, i::text from generate_series(1, $2) i`, channel, total)
+	execSQL(t, sharedDB, `update "`+tab+`" set run_at = '-infinity' where payload = '1'`) // the first of all
+	stuck := start(t, fast(sharedDSN, channel+"=outbox:h", sending(tab)), withOutbox("h", HandlerFunc(func(ctx context.Context, n Notification) error {
+		if handled.Add(1) > 20 {
+			select {
+			case <-gate:
+			case <-ctx.Done():
+			}
+		}
+		return s.Handle(ctx, n)
+	})), func(l *Listener) { l.handlers[channel].(*outbox).margin = time.Second }).listening(t)
+	eventually(t, "nothing is claimed ahead", func() bool {
+		o := stuck.listener.handlers[channel].(*outbox)
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		return o.running == 1 && len(o.buffer) > 10
+	})
+	start(t, fast(sharedDSN, channel+"=outbox:s", sending(tab)), withOutbox("s", s)).listening(t)
+	eventually(t, "the other replica does not get it", func() bool { return len(s.payloads()) == total-1 })
+	if got := s.payloads()[0]; got != "1" {
+		t.Errorf("the row that was due since ever came after %s", got)
+	}
+}
+
 func TestOutboxSurvivesLossOfItsTable(t *testing.T) {
 	t.Parallel()
 	channel, s := channelName(t), &seen{}

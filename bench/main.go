@@ -269,7 +269,7 @@ func (b *bench) hear(who string, n, size, channels int) (float64, error) {
 
 // latency: from NOTIFY to the handler, at 1,000 a second.
 func (b *bench) latency() error {
-	const perSecond, seconds, rounds = 1000, 10, 3
+	const perSecond, seconds, rounds = 1000, 20, 3
 	quantiles := map[string][3][]float64{}
 	for range rounds {
 		for _, who := range []string{"lib/pq", "ours"} {
