@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes sure that what the tests and the demo run is on this machine: a PostgreSQL
-# server, and with the argument "all" also PgBouncer and promtool. Installs Debian's
-# packages when it may, and otherwise says what to type.
+# server, and with the argument "all" also PgBouncer, promtool and, on Linux,
+# systemd-analyze. Installs Debian's packages when it may, and otherwise says what to type.
 
 have_postgres() {
 	[ -n "$TEST_DATABASE_URL" ] && return
@@ -17,9 +17,11 @@ have_pgbouncer() { command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ]
 
 have_promtool() { command -v promtool >/dev/null || [ -x bin/promtool ]; }
 
+have_analyze() { [ "$(uname)" != Linux ] || command -v systemd-analyze >/dev/null; }
+
 complete() {
 	have_postgres || return 1
-	[ "$1" != all ] || { have_pgbouncer && have_promtool; }
+	[ "$1" != all ] || { have_pgbouncer && have_promtool && have_analyze; }
 }
 
 # Only the programs are wanted: no cluster, and no service that starts.
@@ -40,6 +42,7 @@ if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
 			install_quietly pgbouncer
 			command -v systemctl >/dev/null && systemctl disable -q --now pgbouncer 2>/dev/null
 		}
+		have_analyze || install_quietly systemd
 		# The package would bring a service; only this one program is needed.
 		have_promtool || (
 			dir=$(mktemp -d) && chmod 755 "$dir" && mkdir -p bin && out=$PWD/bin &&
@@ -51,7 +54,7 @@ if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
 fi
 
 if have_postgres; then
-	echo "PgBouncer or promtool is missing: the tests that need them will be skipped (apt-get install pgbouncer prometheus; brew install pgbouncer prometheus)" >&2
+	echo "PgBouncer, promtool or systemd-analyze is missing: the tests that need them will be skipped (apt-get install pgbouncer prometheus systemd; brew install pgbouncer prometheus)" >&2
 	[ "$CI" != true ]
 	exit
 fi
