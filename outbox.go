@@ -285,6 +285,9 @@ func (o *outbox) room() int {
 	if o.counts.done+o.counts.retried+o.counts.failed == 0 {
 		ahead = 0 // nothing is known yet
 	}
+	if len(o.results) > prefetchRows {
+		return 0 // the writer is behind, and is to catch up first
+	}
 	o.low = ahead / 2
 	free := o.workers - o.running - len(o.buffer)
 	if len(o.buffer) > o.low {
@@ -381,6 +384,9 @@ func (o *outbox) write(quit context.Context, last <-chan struct{}) {
 		results, stale := o.results, o.stale
 		o.results, o.stale = nil, nil
 		o.mu.Unlock()
+		if len(results) > prefetchRows {
+			nudge(o.taken) // see room
+		}
 		o.giveBack(stale)
 		for len(results) > 0 {
 			rest, err := o.finish(results)

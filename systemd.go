@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -64,7 +65,7 @@ func (s *supervisor) beat(listening bool, deaf string) {
 	}
 	status := "listening"
 	if deaf != "" {
-		status = "not ready: " + deaf
+		status = "not ready: " + strings.ReplaceAll(deaf, "\n", "; ") // each line is a statement of its own
 	}
 	if status != s.status {
 		s.status = status

@@ -184,9 +184,8 @@ func (b *bench) startSide(t benchside.Task) (*side, error) {
 	return s, nil
 }
 
-// result waits until the side is done.
+// result waits until the side is done. It runs on until end.
 func (s *side) result() (r benchside.Result, err error) {
-	defer s.end()
 	line, err := s.out.ReadString('\n')
 	if err != nil {
 		return r, fmt.Errorf("no result: %w", err)
@@ -254,12 +253,12 @@ func (b *bench) hear(who string, n, size, channels int) (float64, error) {
 	if err != nil {
 		return 0, err
 	}
+	defer s.end()
 	began := time.Now()
 	const per = 50_000 // in several transactions, so that it begins to arrive before all is sent
 	for sent := 0; sent < n; sent += per {
 		if err := b.exec("select pg_notify('bench' || i % $1, lpad(i::text, $2, '0')) from generate_series($3::int, $4::int) i",
 			channels, size, sent+1, min(sent+per, n)); err != nil {
-			s.end()
 			return 0, err
 		}
 	}
@@ -286,6 +285,7 @@ func (b *bench) latency() error {
 				}
 			}
 			r, err := s.result()
+			s.end()
 			if err != nil {
 				return err
 			}
@@ -335,7 +335,7 @@ func (b *bench) outbox() error {
 				if err := b.fill(jobs); err != nil {
 					return err
 				}
-				r, err := b.drain(benchside.Task{Side: "ours", Channels: []string{"bench"}, N: jobs, Workers: workers})
+				r, err := b.drain(benchside.Task{Side: "ours", Channels: []string{"bench"}, N: jobs, Workers: workers}, "select count(*) from outbox")
 				if err != nil {
 					return err
 				}
@@ -348,7 +348,7 @@ func (b *bench) outbox() error {
 				if err := fillRiver(context.Background(), b.pool, peerJobs); err != nil {
 					return err
 				}
-				if r, err = b.drain(benchside.Task{Side: "river", N: peerJobs, Workers: workers}); err != nil {
+				if r, err = b.drain(benchside.Task{Side: "river", N: peerJobs, Workers: workers}, "select count(*) from river_job where state <> 'completed'"); err != nil {
 					return err
 				}
 				rates["river"] = append(rates["river"], float64(peerJobs)/r)
@@ -361,15 +361,25 @@ func (b *bench) outbox() error {
 	return errors.Join(b.exec("alter system reset synchronous_commit"), b.exec("select pg_reload_conf()"))
 }
 
-// drain runs a side until all jobs are done and returns the seconds since it began.
-func (b *bench) drain(t benchside.Task) (float64, error) {
+// drain runs a side until all jobs are done, and until that is written too, which is when
+// left counts none. It returns the seconds since the side began.
+func (b *bench) drain(t benchside.Task, left string) (float64, error) {
 	s, err := b.startSide(t)
 	if err != nil {
 		return 0, err
 	}
+	defer s.end()
 	began := time.Now()
-	_, err = s.result()
-	return time.Since(began).Seconds(), err
+	if _, err = s.result(); err != nil {
+		return 0, err
+	}
+	for {
+		var n int
+		if err := b.db.QueryRow(left).Scan(&n); err != nil || n == 0 {
+			return time.Since(began).Seconds(), err
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
 }
 
 // claim: the time to claim must not grow with the backlog.
@@ -382,7 +392,7 @@ func (b *bench) claim() error {
 		// The first jobs of a backlog; it need not be emptied.
 		var rounds []float64
 		for range 5 {
-			r, err := b.drain(benchside.Task{Side: "ours", Channels: []string{"bench"}, N: 1000, Workers: 10})
+			r, err := b.drain(benchside.Task{Side: "ours", Channels: []string{"bench"}, N: 1000, Workers: 10}, "select 0")
 			if err != nil {
 				return err
 			}
@@ -423,6 +433,7 @@ func (b *bench) sustained() error {
 	}
 	inserted := time.Since(began).Seconds()
 	r, err := s.result()
+	s.end()
 	if err != nil {
 		return err
 	}

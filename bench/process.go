@@ -263,6 +263,7 @@ func (b *bench) memory() error {
 	done := make(chan error, 1)
 	go func() {
 		_, err := s.result()
+		s.end()
 		done <- err
 	}()
 	for running := true; running; {
