@@ -17,7 +17,7 @@ type Notification struct {
 	PID     int    // process id of the notifying backend; 0 from the outbox
 	Attempt int    // 1, 2, ... for the same notification
 
-	id     string // the row's, from the outbox
+	id     string // the row's, from the outbox; a random one for a doorbell's run
 	serial uint64 // of the notification in this process, otherwise
 }
 
@@ -101,7 +101,9 @@ func Permanent(err error) error {
 	return &marked{error: err, permanent: true}
 }
 
-// RetryAfter marks an error after which a retry should wait for d at least.
+// RetryAfter marks an error after which a retry should wait for d at least. The
+// outbox waits for up to an hour, a plain channel or a doorbell for up to half a
+// minute, since everything behind the notification waits with it.
 func RetryAfter(err error, d time.Duration) error {
 	if err == nil {
 		return nil

@@ -192,7 +192,7 @@ func (w *worker) run() {
 	for w.quit.Err() == nil {
 		if w.rung && !w.catching {
 			w.rung, w.catching = false, true
-			if w.do(d, w.catchUp, Notification{Channel: w.channel}) {
+			if w.do(d, w.catchUp, Notification{Channel: w.channel, id: nonce()}) {
 				w.counts.caughtUp++
 			}
 			w.catching = false
@@ -267,7 +267,8 @@ func (w *worker) do(d *deadline, f handle, n Notification) (ok bool) {
 			return false
 		}
 		w.counts.retried++
-		wait := max(w.limits.retry.after(n.Attempt), retryAfter(err))
+		// What comes after it waits too, so it is not for the receiver to say for how long.
+		wait := max(w.limits.retry.after(n.Attempt), min(retryAfter(err), w.limits.retry.max))
 		w.mu.Unlock()
 		w.log.Warn("handler failed", "attempt", n.Attempt, "again_in", wait.Round(time.Millisecond), "error", err)
 		quit := !sleep(w.quit, wait)

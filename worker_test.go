@@ -92,6 +92,29 @@ func TestFailedHandlerIsRetried(t *testing.T) {
 	}
 }
 
+// A receiver that drops repeats by id must see a repeat for what it is, and no other run for one.
+func TestIDsAreOfOneRun(t *testing.T) {
+	t.Parallel()
+	var ids []string
+	ran := make(chan struct{}, 1)
+	w := newTestWorker(t, HandlerFunc(func(_ context.Context, n Notification) error {
+		ids = append(ids, n.ID())
+		if n.Attempt == 1 {
+			return RetryAfter(errors.New("not yet"), time.Hour) // which is not waited for
+		}
+		ran <- struct{}{}
+		return nil
+	}), true, limits{})
+	for range 2 {
+		w.give(t, "")
+		<-ran
+	}
+	w.finish(t)
+	if len(ids) != 4 || ids[0] != ids[1] || ids[1] == ids[2] || ids[2] != ids[3] {
+		t.Errorf("ids %v", ids)
+	}
+}
+
 func TestGivingUpLeavesATrace(t *testing.T) {
 	t.Parallel()
 	w := newTestWorker(t, HandlerFunc(func(context.Context, Notification) error { return errors.New("never") }), false, limits{})
