@@ -117,6 +117,17 @@ func ownServer(t *testing.T, settings ...string) *pgtest.Server {
 	return s
 }
 
+// standbyOf makes a hot standby of a server.
+func standbyOf(t *testing.T, primary *pgtest.Server) *pgtest.Server {
+	t.Helper()
+	standby, err := primary.Standby()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(standby.Close)
+	return standby
+}
+
 // testDB opens a database for a test's own statements.
 func testDB(t *testing.T, dsn string) *sql.DB {
 	t.Helper()

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -37,6 +38,7 @@ type Listener struct {
 	registered chan error // from register: nil once every channel is LISTENed
 	pong       chan error // from ping
 	done       chan struct{}
+	background sync.WaitGroup // what Run has started on goroutines of their own
 	published  atomic.Pointer[status]
 
 	// loop
@@ -51,8 +53,9 @@ type Listener struct {
 	probe      probe
 	held       *Notification // could not be handed on: its queue is full
 	heldBy     *worker
-	serial     uint64  // notifications so far
-	lastWorker *worker // of the previous notification: most often also of the next
+	heldFrom   time.Time // since when a break of the connection may have gone unread; zero when it cannot have
+	serial     uint64    // notifications so far
+	lastWorker *worker   // of the previous notification: most often also of the next
 }
 
 // event is what lib/pq's callback was told.
@@ -110,10 +113,11 @@ func NewListener(cfg *Config, table map[string]newHandler, sup *supervisor, log 
 // It returns an error, without waiting for ctx, when it cannot begin to listen and
 // waiting is of no use, or START_TIMEOUT has passed.
 func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
+	defer l.awaitBackground()
 	defer close(l.done)
 	defer l.quit(errShutdownTimeout)
 	l.pq = pq.NewDialListener(l.dialer, l.cfg.dsn(), pqPace, pqPace, l.onEvent)
-	go l.register()
+	l.background.Go(l.register)
 	runners, stopRunners := l.startRunners()
 	defer stopRunners()
 
@@ -189,7 +193,8 @@ func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 			stopRunners()
 			reserve := min(l.cfg.killGrace()+500*time.Millisecond, l.cfg.ShutdownTimeout/2)
 			late, tooLate = time.After(l.cfg.ShutdownTimeout-reserve), time.After(l.cfg.ShutdownTimeout)
-			go l.hangUp(l.status.listening)
+			politely := l.status.listening
+			l.background.Go(func() { l.hangUp(politely) })
 		case <-late:
 			// Whatever hangs, be it a handler or the network, has had its time:
 			// from now on the workers abandon what they are given.
@@ -215,12 +220,16 @@ const beatInterval = time.Second
 
 // publish shows others how things stand. Only the loop calls it.
 func (l *Listener) publish() {
-	s := l.status
-	s.beat = time.Now()
-	if l.held != nil {
-		s.heldBy = l.heldBy.channel
-		l.status.heldUntil = s.beat
+	l.status.beat = time.Now()
+	if l.held == nil {
+		l.status.heldBy = ""
+	} else {
+		if l.status.heldBy == "" {
+			l.status.heldSince = l.status.beat
+		}
+		l.status.heldBy, l.status.heldUntil = l.heldBy.channel, l.status.beat
 	}
+	s := l.status
 	l.published.Store(&s)
 }
 
@@ -251,6 +260,9 @@ func (l *Listener) hand(w *worker, n Notification) {
 	if !w.offer(n) {
 		held := n // the address of n itself would cost an allocation for each notification
 		l.held, l.heldBy = &held, w
+		if l.heldFrom.IsZero() {
+			l.heldFrom = time.Now()
+		}
 	}
 }
 
@@ -338,6 +350,10 @@ func (l *Listener) onDisconnected(e event) {
 		l.deafSince = e.at
 		if isTimeout(e.err) {
 			l.deafSince = e.heard
+		}
+		// While reading had stopped the break lay unread behind what had come before it.
+		if !l.heldFrom.IsZero() {
+			l.deafSince, l.heldFrom = l.heldFrom, time.Time{}
 		}
 		l.endProbe()
 	}
@@ -445,7 +461,7 @@ func (l *Listener) pingIfIdle() time.Duration {
 	if l.status.connected && l.pinging == nil && l.held == nil {
 		l.pinging = l.dialer.current()
 		// On its own goroutine: the pong is read only while Notify is drained (fact 2).
-		go func() { l.pong <- ping(l.pq) }()
+		l.background.Go(func() { l.pong <- ping(l.pq) })
 	}
 	return l.cfg.PingInterval
 }
@@ -455,9 +471,19 @@ func (l *Listener) pingIfIdle() time.Duration {
 func (l *Listener) onPong(err error) {
 	c := l.pinging
 	l.pinging = nil
+	if err == nil {
+		l.caughtUpReading()
+	}
 	if err != nil && l.status.connected && c == l.dialer.current() {
 		l.log.Warn("ping failed", "error", err)
 		c.Conn.Close()
+	}
+}
+
+// caughtUpReading is called when the server has just been heard to answer: nothing lies unread.
+func (l *Listener) caughtUpReading() {
+	if l.held == nil {
+		l.heldFrom = time.Time{}
 	}
 }
 

@@ -22,11 +22,7 @@ func TestLikelyMistakes(t *testing.T) {
 	a := newAuthority(t)
 	withTLS := tlsServer(t, a, time.Now().Add(time.Hour))
 	tlsDSN := appDSN(withTLS.Addr(), a.file())
-	standby, err := ownServer(t).Standby()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(standby.Close)
+	standby := standbyOf(t, ownServer(t))
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

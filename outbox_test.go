@@ -328,11 +328,11 @@ func TestOutboxGivesBackAtShutdown(t *testing.T) {
 	})
 	other := &seen{}
 	start(t, fast(sharedDSN, channel+"=outbox:other", sending(tab)), withOutbox("other", other)).listening(t)
-	go func() {
-		time.Sleep(50 * time.Millisecond)
-		close(gate)
-	}()
-	if n := r.stop(); n != 0 {
+	stopped := make(chan int, 1)
+	go func() { stopped <- r.stop() }()
+	r.wait(t, "shutting down", 1)
+	close(gate)
+	if n := <-stopped; n != 0 {
 		t.Errorf("%d abandoned", n)
 	}
 	emptied(t, sharedDB, tab) // well within the lease of 40 s

@@ -111,7 +111,7 @@ func (l *Listener) sendProbe() {
 		query = "select pg_notify(" + pq.QuoteLiteral(p.channel) + ", " + pq.QuoteLiteral(p.nonce) + "), pg_notification_queue_usage()"
 	}
 	dsn, timeout := l.cfg.dsn(), p.timeout
-	go func() { p.sent <- secondConnection(dsn, query, timeout) }()
+	l.background.Go(func() { p.sent <- secondConnection(dsn, query, timeout) })
 }
 
 // secondConnection makes a connection, runs a query and closes it.
@@ -165,6 +165,7 @@ func (l *Listener) onProbeHeard(payload string) {
 		return // late, or a stranger's
 	}
 	now := time.Now()
+	l.caughtUpReading()
 	p.nonce = ""
 	p.timer.Reset(jitter(p.interval)) // or what onProbeSent makes of it, if that is still to come
 	l.status.roundTrip, l.status.proven, l.status.deaf = now.Sub(p.began), now, ""

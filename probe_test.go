@@ -230,18 +230,61 @@ func TestFullQueueRaisesNoFalseAlarm(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.wait(t, "queue full", 1)
-	for end := time.Now().Add(2*testProbe + 2*testTimeout + testInterval); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		if code, body := web("/readyz"); code != http.StatusOK {
+	full := time.Now()
+	for end := full.Add(2*testProbe + 2*testTimeout + testInterval); time.Now().Before(end); {
+		// Whoever can hear nothing for long is not ready; but nothing is said to be lost.
+		code, body := web("/readyz")
+		if code != http.StatusOK && (time.Since(full) < testProbe+testTimeout-50*time.Millisecond || !strings.Contains(body, "reading has stopped")) {
 			t.Fatalf("a false alarm: %s", body)
 		}
 	}
+	if code, body := web("/readyz"); code != http.StatusServiceUnavailable || !strings.Contains(body, channel) {
+		t.Errorf("reading has stopped for long, and /readyz is %d %s", code, body)
+	}
 	close(gate)
+	ready(t, web)
 	eventually(t, "not all were handled", func() bool { return slow.handled.Load() == 1000 })
 	for _, msg := range []string{"disconnected", "notifications", "ping failed"} {
 		if lines := r.all(msg); len(lines) > 0 {
 			t.Errorf("a false alarm: %v", lines)
 		}
 	}
+}
+
+// What breaks while nothing is read is noticed late, and must not be told as if it had just happened.
+func TestBreakBehindAFullQueue(t *testing.T) {
+	t.Parallel()
+	channel := channelName(t)
+	dsn, proxy := proxied(t, sharedDSN)
+	gate := make(chan struct{})
+	slow := &gated{counter: &counter{}, gate: gate}
+	r := start(t, probing(dsn, channel+"=slow", vars{"QUEUE_SIZE": "10"}), map[string]newHandler{
+		"slow": func(string, env) (Handler, error) { return slow, nil },
+	}).listening(t)
+	web := r.web(t)
+	ready(t, web)
+	if _, err := sharedDB.Exec("select pg_notify($1, i::text) from generate_series(1, 1000) i", channel); err != nil {
+		t.Fatal(err)
+	}
+	r.wait(t, "queue full", 1)
+	proxy.Refuse(true)
+	proxy.Reset()
+	cut := time.Now()
+	eventually(t, "ready although the server is away", func() bool { code, _ := web("/readyz"); return code == http.StatusServiceUnavailable })
+	if took, bound := time.Since(cut), testProbe+2*testTimeout; took > bound {
+		t.Errorf("it took %v to say so, more than %v", took, bound)
+	}
+	if _, body := web("/readyz"); !strings.Contains(body, "reading has stopped") {
+		t.Errorf("/readyz: %s", body)
+	}
+	proxy.Refuse(false)
+	unread := time.Since(cut)
+	close(gate)
+	gap, err := time.ParseDuration(r.wait(t, "reconnected", 1)["gap"].(string))
+	if err != nil || gap < unread {
+		t.Errorf("the gap is said to be %v; it was at least %v", gap, unread)
+	}
+	ready(t, web)
 }
 
 // A laggard is whoever does not read: us, while a queue is full, or another.
@@ -299,11 +342,7 @@ func TestStandbyIsWaitedForUntilPromoted(t *testing.T) {
 	t.Parallel()
 	channel := channelName(t)
 	primary := ownServer(t)
-	standby, err := primary.Standby()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(standby.Close)
+	standby := standbyOf(t, primary)
 	r := start(t, probing(standby.DSN(), channel+"=test"), nil)
 	web := r.web(t)
 	// Refused on the first connection, or already while it is made: whichever comes first.
@@ -328,11 +367,7 @@ func TestFailoverBetweenTwoServers(t *testing.T) {
 	t.Parallel()
 	channel := channelName(t)
 	primary := ownServer(t)
-	standby, err := primary.Standby()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(standby.Close)
+	standby := standbyOf(t, primary)
 	dsn := withParams("postgres://postgres@127.0.0.1,127.0.0.1/postgres?sslmode=disable",
 		"port", fmt.Sprintf("%d,%d", primary.Port, standby.Port), "target_session_attrs", "read-write")
 	r := start(t, probing(dsn, channel+"=test"), nil).listening(t)

@@ -143,11 +143,7 @@ func TestCheckFails(t *testing.T) {
 	silent, proxy := proxied(t, sharedDSN)
 	proxy.Mute(true)
 	s := ownServer(t)
-	standby, err := s.Standby()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(standby.Close)
+	standby := standbyOf(t, s)
 	for name, c := range map[string]struct {
 		vars vars
 		want string

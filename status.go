@@ -15,6 +15,7 @@ type status struct {
 	reason    string // why it is not listening, in words; never "" while it is not
 
 	heldBy    string    // the channel whose full queue has stopped the reading; "" when none has
+	heldSince time.Time // since when it has
 	heldUntil time.Time // when reading was last known to be stopped
 
 	proven     time.Time // when the last probe came back
@@ -71,6 +72,10 @@ func (l *Listener) judge(s status) string {
 		return s.deaf
 	case quiet > l.cfg.PingInterval+l.cfg.PingTimeout && !held:
 		return fmt.Sprintf("nothing heard from the server for %v", quiet.Round(time.Millisecond))
+	case s.heldBy != "" && time.Since(s.heldSince) > max(l.cfg.ProbeInterval, l.cfg.PingInterval)+l.cfg.PingTimeout:
+		// Nothing need be lost; but nothing is heard, nor can it be known whether the connection still lives.
+		return fmt.Sprintf("reading has stopped for %v because the queue of channel %q is full; the server keeps what is sent meanwhile",
+			time.Since(s.heldSince).Round(time.Second), s.heldBy)
 	case l.cfg.ProbeInterval == 0:
 		return ""
 	case !s.provenHere && s.sendError != "":

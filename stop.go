@@ -61,6 +61,20 @@ func (l *Listener) abandoned() int {
 	return n
 }
 
+// awaitBackground waits for the goroutines of Run, for a second at most: one that
+// uses a silent second connection ends with that connection, within PING_TIMEOUT.
+func (l *Listener) awaitBackground() {
+	done := make(chan struct{})
+	go func() {
+		l.background.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(time.Second):
+	}
+}
+
 // startRunners runs the handlers that work on their own. all is closed when all have returned.
 func (l *Listener) startRunners() (all <-chan struct{}, stop func()) {
 	ctx, stop := context.WithCancel(context.Background())

@@ -308,7 +308,7 @@ func TestExec(t *testing.T) {
 	h, lg := script(t, `echo "$#" "$1" "$2" "$PGLISTENER_CHANNEL" "$PGLISTENER_PID" "$PGLISTENER_ATTEMPT"
 cat >&2
 printf 'no newline'`)
-	payload := "line one; $(touch /tmp/never)\n`line` \"two\""
+	payload := "line one; $(exit 9)\n`line` \"two\""
 	if err := h.Handle(t.Context(), Notification{Channel: "a b", Payload: payload, PID: 7, Attempt: 2}); err != nil {
 		t.Fatal(err)
 	}
