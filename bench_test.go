@@ -1,3 +1,5 @@
+// feature: outbox
+
 package main
 
 import (
@@ -12,16 +14,24 @@ import (
 	"github.com/lib/pq"
 
 	"github.com/pglistener/pglistener/internal/benchside"
+	"github.com/pglistener/pglistener/internal/logs"
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/outbox"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
 // The benchmarks measure ratios, both sides in one run, by turns: an absolute time
 // on a shared machine means little. make bench measures the same against peers; there
 // this test binary is our side, for the program itself is no package to import.
 
-// benchSide is our side of make bench.
-func benchSide(t benchside.Task) {
+// benchMain is our side of make bench, if this process is that.
+func benchMain() {
+	t, ok := benchside.FromEnv()
+	if !ok {
+		return
+	}
 	c := benchside.NewCounter(t)
-	handler := HandlerFunc(func(_ context.Context, n Notification) error {
+	handler := notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
 		c.Count(n.Payload)
 		return nil
 	})
@@ -35,26 +45,27 @@ func benchSide(t benchside.Task) {
 	}
 	go func() { _, _ = l.Run(context.Background()) }()
 	if t.Workers == 0 {
-		for l.deafness() != "" {
-			time.Sleep(time.Millisecond)
-		}
+		awaitReady(l)
 		benchside.Ready()
 	}
 	c.Finish()
 }
 
-func benchListener(v vars, h Handler) *Listener {
-	table := map[string]newHandler{"outbox": outboxes(), "bench": func(string, env) (Handler, error) { return h, nil }}
-	cfg, problems := loadConfig(v.lookup, table)
-	log := cfg.logger(io.Discard)
-	if len(problems) > 0 {
+func benchListener(v vars, h notify.Handler) *Listener {
+	handlers := with("bench", h)
+	cfg, problems := loadConfig(v.lookup, handlers, modes())
+	log := logs.New(cfg.Log, io.Discard)
+	channels, wrong := makeChannels(cfg, handlers, modes(), log)
+	if problems = append(problems, wrong...); len(problems) > 0 {
 		panic(problems)
 	}
-	l, err := NewListener(cfg, table, newSupervisor(vars{}.lookup, log), log)
-	if err != nil {
-		panic(err)
+	return NewListener(cfg.dsn(), cfg.Listener, channels, log)
+}
+
+func awaitReady(l *Listener) {
+	for l.Ready() != nil {
+		time.Sleep(time.Millisecond)
 	}
-	return l
 }
 
 // bareLoop is what everybody writes: range over lib/pq's channel.
@@ -85,7 +96,7 @@ func bareLoop(tb testing.TB, dsn string, channels []string, each func(payload st
 func ourLoop(tb testing.TB, dsn string, channels []string, each func(payload string)) (stop func()) {
 	tb.Helper()
 	l := benchListener(vars{"DATABASE_URL": dsn, "CHANNELS": strings.Join(channels, "=bench,") + "=bench"},
-		HandlerFunc(func(_ context.Context, n Notification) error {
+		notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
 			each(n.Payload)
 			return nil
 		}))
@@ -95,9 +106,7 @@ func ourLoop(tb testing.TB, dsn string, channels []string, each func(payload str
 		defer close(done)
 		_, _ = l.Run(ctx)
 	}()
-	for l.deafness() != "" {
-		time.Sleep(time.Millisecond)
-	}
+	awaitReady(l)
 	return func() {
 		cancel()
 		<-done
@@ -111,7 +120,7 @@ func throughput(tb testing.TB, side loop, channel string, n, size int) time.Dura
 	tb.Helper()
 	done := make(chan struct{})
 	count := 0
-	stop := side(tb, sharedDSN, []string{channel}, func(string) {
+	stop := side(tb, testkit.DSN(tb), []string{channel}, func(string) {
 		if count++; count == n {
 			close(done)
 		}
@@ -121,7 +130,7 @@ func throughput(tb testing.TB, side loop, channel string, n, size int) time.Dura
 	// Several transactions, so that the server has begun to send before all are queued.
 	const per = 20_000
 	for sent := 0; sent < n; sent += per {
-		_, err := sharedDB.Exec("select pg_notify($1, lpad(i::text, $2, '0')) from generate_series($3::int, $4::int) i",
+		_, err := testkit.DB(tb).Exec("select pg_notify($1, lpad(i::text, $2, '0')) from generate_series($3::int, $4::int) i",
 			channel, size, sent+1, min(sent+per, n))
 		if err != nil {
 			tb.Fatal(err)
@@ -162,22 +171,22 @@ func BenchmarkOutbox(b *testing.B) {
 			var took []time.Duration
 			for b.Loop() {
 				b.StopTimer()
-				if _, err := sharedDB.Exec("drop table if exists bench_outbox"); err != nil {
+				if _, err := testkit.DB(b).Exec("drop table if exists bench_outbox"); err != nil {
 					b.Fatal(err)
 				}
-				tab, _ := parseTable("bench_outbox")
-				if _, err := sharedDB.Exec(tab.schema()); err != nil {
+				sql, _ := outbox.Schema("bench_outbox")
+				if _, err := testkit.DB(b).Exec(sql); err != nil {
 					b.Fatal(err)
 				}
-				if _, err := sharedDB.Exec("insert into bench_outbox (channel) select 'bench_outbox' from generate_series(1, $1)", n); err != nil {
+				if _, err := testkit.DB(b).Exec("insert into bench_outbox (channel) select 'bench_outbox' from generate_series(1, $1)", n); err != nil {
 					b.Fatal(err)
 				}
-				if _, err := sharedDB.Exec("vacuum analyze bench_outbox"); err != nil {
+				if _, err := testkit.DB(b).Exec("vacuum analyze bench_outbox"); err != nil {
 					b.Fatal(err)
 				}
 				c := benchside.NewCounter(benchside.Task{N: n})
-				l := benchListener(vars{"DATABASE_URL": sharedDSN, "OUTBOX_TABLE": "bench_outbox", "CHANNELS": "bench_outbox=outbox:bench", "CONCURRENCY": fmt.Sprint(workers)},
-					HandlerFunc(func(context.Context, Notification) error {
+				l := benchListener(vars{"DATABASE_URL": testkit.DSN(b), "OUTBOX_TABLE": "bench_outbox", "CHANNELS": "bench_outbox=outbox:bench", "CONCURRENCY": fmt.Sprint(workers)},
+					notify.HandlerFunc(func(context.Context, notify.Notification) error {
 						c.Count("")
 						return nil
 					}))

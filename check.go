@@ -5,144 +5,131 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
-	"slices"
 	"strings"
 	"time"
+
+	"github.com/pglistener/pglistener/internal/cli"
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgconn"
+	"github.com/pglistener/pglistener/internal/retry"
 )
 
-// runCheck tries everything once, prints one line per check and returns the exit
-// code. problems are those of the configuration, programs included. l is not started: no
-// handler runs. It ends within 3 x PING_TIMEOUT whatever the network does.
-func runCheck(ctx context.Context, cfg *Config, l *Listener, problems []error, out io.Writer) int {
-	failed := false
-	line := func(ok bool, what, format string, args ...any) {
-		verdict := "ok  "
-		if !ok {
-			verdict, failed = "FAIL", true
+// check is the flag -check: it tries everything once, prints one line per check
+// and returns the exit code. No handler runs. It ends within 3 x PING_TIMEOUT,
+// whatever the network does.
+func check(ctx context.Context, e cli.Env) int {
+	cfg, channels, _, problems := load(e)
+	r := &report{out: e.Stdout}
+	for _, p := range problems {
+		r.line(p, "config", "")
+	}
+	if len(problems) == 0 {
+		// Whatever the answers take, the lines are out in time.
+		ctx, cancel := context.WithTimeout(ctx, 3*cfg.Listener.PingTimeout-cfg.Listener.PingTimeout/10)
+		defer cancel()
+		r.configuration(cfg)
+		if r.server(ctx, cfg) {
+			r.handlers(ctx, channels)
+			r.delivery(ctx, cfg, channels)
 		}
-		fmt.Fprintf(out, "%s  %-10s %s\n", verdict, what, fmt.Sprintf(format, args...))
 	}
-	if len(problems) > 0 {
-		for _, p := range problems {
-			line(false, "config", "%v", p)
-		}
-		return exitFailed
+	if r.failed {
+		return cli.Failed
 	}
-	// Whatever the answers take, the lines are out in time.
-	ctx, cancel := context.WithTimeout(ctx, 3*cfg.PingTimeout-cfg.PingTimeout/10)
-	defer cancel()
+	return cli.OK
+}
 
-	names := make([]string, len(cfg.routes))
-	for i, r := range cfg.routes {
-		names[i] = r.channel
-		line(true, "handler", "%s: %s %s", r.channel, r.mode, strings.TrimSuffix(r.handler+":"+r.arg, ":"))
-	}
-	for _, w := range cfg.warnings() {
-		line(true, "warning", "%s", w)
-	}
+// report prints what was found.
+type report struct {
+	out    io.Writer
+	failed bool
+}
 
-	version, standby, err := server(ctx, cfg)
+// line prints err, or else text.
+func (r *report) line(err error, what, text string) {
+	verdict := "ok  "
 	if err != nil {
-		line(false, "connect", "%s", explain(err))
-		return exitFailed
+		verdict, text, r.failed = "FAIL", pgconn.Explain(err), true
 	}
-	line(true, "connect", "PostgreSQL %s", version)
+	fmt.Fprintf(r.out, "%s  %-10s %s\n", verdict, what, text)
+}
+
+func (r *report) configuration(cfg *Config) {
+	for _, route := range cfg.routes {
+		r.line(nil, "handler", route.Channel+": "+route.Mode+" "+route.Spec())
+		if w := route.Warning(); w != "" {
+			r.line(nil, "warning", w)
+		}
+	}
+}
+
+// server asks the server what it is, and returns whether it can be listened to.
+func (r *report) server(ctx context.Context, cfg *Config) bool {
+	db, err := pgconn.OpenDB(cfg.dsn(), cfg.Listener.PingTimeout)
+	var version string
+	var standby bool
+	if err == nil {
+		defer db.Close()
+		err = db.QueryRowContext(ctx, "select current_setting('server_version'), pg_is_in_recovery()").Scan(&version, &standby)
+	}
+	r.line(err, "connect", "PostgreSQL "+version)
+	if err != nil {
+		return false
+	}
 	if standby {
-		line(false, "server", "a standby, where LISTEN is not possible; add target_session_attrs=read-write and all hosts to DATABASE_URL, or wait until it is promoted")
-		return exitFailed
+		err = fmt.Errorf("a standby, where LISTEN is not possible; add target_session_attrs=read-write and all hosts to DATABASE_URL, or wait until it is promoted")
 	}
-	line(true, "server", "a primary")
+	r.line(err, "server", "a primary")
+	return err == nil
+}
 
-	for _, channel := range slices.Sorted(maps.Keys(l.handlers)) {
-		if c, ok := l.handlers[channel].(Checker); ok {
-			text, err := c.Check(ctx)
+// handlers asks each handler whether what it needs is there.
+func (r *report) handlers(ctx context.Context, channels []Channel) {
+	for _, c := range channels {
+		if h, ok := c.Handler.(notify.Checker); ok {
+			text, err := h.Check(ctx)
 			if err != nil {
-				text = err.Error()
+				err = fmt.Errorf("%s: %w", c.Name, err)
 			}
-			line(err == nil, "handler", "%s: %s", channel, text)
+			r.line(err, "handler", c.Name+": "+text)
 		}
 	}
-
-	s, reason := tryListen(ctx, cfg)
-	listened := s.listening || s.deaf != ""
-	line(listened, "listen", "%s", orReason(listened, strings.Join(names, ", "), reason))
-	switch {
-	case cfg.ProbeInterval == 0:
-		line(true, "probe", "turned off by PROBE_INTERVAL=0: delivery is not proven")
-	case listened:
-		line(s.provenHere, "probe", "%s", orReason(s.provenHere, "there and back in "+s.roundTrip.Round(time.Microsecond).String(), reason))
-	}
-	if failed {
-		return exitFailed
-	}
-	return exitOK
 }
 
-func orReason(ok bool, text, reason string) string {
-	if ok {
-		return text
+// delivery says whether the channels can be LISTENed, and whether a probe comes
+// back. It runs a real Listener, with handlers that do nothing, until it is ready,
+// or knows that it is deaf, or ctx ends.
+func (r *report) delivery(ctx context.Context, cfg *Config, channels []Channel) {
+	idle := notify.HandlerFunc(func(context.Context, notify.Notification) error { return nil })
+	silent := make([]Channel, len(channels))
+	names := make([]string, len(channels))
+	for i, c := range channels {
+		silent[i], names[i] = Channel{Name: c.Name, Handler: idle, Queue: c.Queue}, c.Name
 	}
-	return reason
-}
-
-// server asks the server what it is.
-func server(ctx context.Context, cfg *Config) (version string, standby bool, err error) {
-	db, err := openDB(cfg.dsn(), cfg.PingTimeout)
-	if err != nil {
-		return "", false, err
-	}
-	defer db.Close()
-	err = db.QueryRowContext(ctx, "select current_setting('server_version'), pg_is_in_recovery()").Scan(&version, &standby)
-	return version, standby, err
-}
-
-// tryListen runs a real Listener, with handlers that do nothing, until it is ready, or knows
-// that it is deaf, or ctx ends. It returns where it got to, and why not further.
-func tryListen(ctx context.Context, cfg *Config) (status, string) {
-	idle := func(string, env) (Handler, error) {
-		return HandlerFunc(func(context.Context, Notification) error { return nil }), nil
-	}
-	table := map[string]newHandler{}
-	for _, r := range cfg.routes {
-		table[r.handler] = idle
-	}
-	quiet := slog.New(slog.DiscardHandler)
-	l, err := NewListener(cfg, table, &supervisor{log: quiet}, quiet)
-	if err != nil {
-		return status{}, err.Error()
-	}
+	l := NewListener(cfg.dsn(), cfg.Listener, silent, slog.New(slog.DiscardHandler))
 	listening, stop := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
+	ended := make(chan struct{})
 	go func() {
-		_, err := l.Run(listening)
-		ended <- err
+		defer close(ended)
+		_, _ = l.Run(listening)
 	}()
-	defer func() {
-		stop()
-		select { // it ends by itself; the caller's time is not waited for in vain
-		case <-ended:
-		case <-ctx.Done():
-		case <-time.After(time.Second):
-		}
-	}()
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
-	var s status
-	reason := "no answer"
-	for done := false; !done; {
-		select {
-		case <-ctx.Done():
-			done = true
-		case <-tick.C:
-		}
-		if p := l.published.Load(); p != nil {
-			s, reason = *p, l.judge(*p)
-			if s.deaf != "" { // it listens, and is about to try another connection
-				return s, s.deaf
-			}
-			done = done || reason == ""
-		}
+	for l.Ready() != nil && l.newest().Probe.Deaf == "" && retry.Sleep(ctx, 10*time.Millisecond) {
 	}
-	return s, reason
+	s, err := l.newest(), l.Ready()
+	stop()
+	select { // it ends by itself; do not keep the caller waiting
+	case <-ended:
+	case <-ctx.Done():
+	case <-time.After(time.Second):
+	}
+	if s.Listening || s.Probe.Deaf != "" {
+		r.line(nil, "listen", strings.Join(names, ", "))
+		if cfg.Listener.ProbeInterval == 0 {
+			r.line(nil, "probe", "turned off by PROBE_INTERVAL=0: delivery is not proven")
+		} else {
+			r.line(err, "probe", "there and back in "+s.Probe.RoundTrip.Round(time.Microsecond).String())
+		}
+	} else {
+		r.line(err, "listen", "")
+	}
 }

@@ -8,17 +8,20 @@ import (
 	"strings"
 	"testing"
 	"time"
-	"unicode/utf8"
+
+	"github.com/pglistener/pglistener/internal/cli"
+	"github.com/pglistener/pglistener/internal/config"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
 // problemsOf runs the program's run with an environment that cannot work and returns what it prints.
 func problemsOf(t *testing.T, v vars) string {
 	t.Helper()
 	var stdout, stderr bytes.Buffer
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
 	defer cancel()
-	if code := run(ctx, nil, v.lookup, &stdout, &stderr); code != exitUsage {
-		t.Errorf("exit code %d, want %d", code, exitUsage)
+	if code := run(ctx, nil, cli.Env{Lookup: v.lookup, Stdout: &stdout, Stderr: &stderr}); code != cli.Usage {
+		t.Errorf("exit code %d, want %d", code, cli.Usage)
 	}
 	if stdout.Len() > 0 {
 		t.Errorf("printed to stdout: %s", stdout.String())
@@ -42,12 +45,14 @@ func TestAllConfigurationProblemsAtOnce(t *testing.T) {
 		"nothing set": {vars{}, []string{"DATABASE_URL: not set", "CHANNELS: not set"}},
 		"empty is unset": {vars{"DATABASE_URL": "", "CHANNELS": "", "PING_INTERVAL": ""},
 			[]string{"DATABASE_URL: not set", "CHANNELS: not set"}},
-		"channels": {vars{"DATABASE_URL": dsn, "CHANNELS": "a,,a," + long + ",b=nope,c=doorbell:nope,d=,e=doorbell:,f=exec:"},
+		"channels": {vars{"DATABASE_URL": dsn, "CHANNELS": "a,,a," + long + ",b=nope,c=doorbell:nope,d=,e=doorbell:,f=append:"},
 			[]string{"CHANNELS: entry 2 has no", `CHANNELS: channel "a" is listed twice`, `CHANNELS: channel "` + long, `CHANNELS: channel "b": "nope"`,
-				`CHANNELS: channel "c": "nope"`, `CHANNELS: channel "d" has no handler`, `CHANNELS: channel "e" has no handler`, `CHANNELS: channel "f": exec needs`}},
-		"programs": {vars{"DATABASE_URL": dsn, "CHANNELS": "a=exec:/does/not/exist,b=exec:not-in-path,c=exec:" + notExecutable + ",d=exec:" + dir},
-			[]string{`CHANNELS: channel "a": program "/does/not/exist" does not exist`, `CHANNELS: channel "b": program "not-in-path" is not in PATH`,
+				`CHANNELS: channel "c": "nope"`, `CHANNELS: channel "d" has no handler`, `CHANNELS: channel "e" has no handler`, `CHANNELS: channel "f": append needs`}},
+		// begin: execcmd
+		"programs": {vars{"DATABASE_URL": dsn, "CHANNELS": "z=exec:,a=exec:/does/not/exist,b=exec:not-in-path,c=exec:" + notExecutable + ",d=exec:" + dir},
+			[]string{`CHANNELS: channel "z": exec needs`, `CHANNELS: channel "a": program "/does/not/exist" does not exist`, `CHANNELS: channel "b": program "not-in-path" is not in PATH`,
 				`CHANNELS: channel "c": program "` + notExecutable + `" may not be executed`, `CHANNELS: channel "d": program "` + dir}},
+		// end: execcmd
 		"numbers": {vars{"DATABASE_URL": dsn, "CHANNELS": "a", "PING_INTERVAL": "10", "PING_TIMEOUT": "0s", "RECONNECT_MIN": "5s", "RECONNECT_MAX": "1s",
 			"QUEUE_SIZE": "0", "CONCURRENCY": "many", "HANDLER_ATTEMPTS": "-1", "CATCH_UP_INTERVAL": "-1s", "OVERFLOW": "lose", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml"},
 			[]string{`PING_INTERVAL: "10" is not a duration`, "PING_TIMEOUT: 0s is not positive", "RECONNECT_MIN: 5s is more than RECONNECT_MAX",
@@ -107,13 +112,13 @@ func TestPasswordIsNeverShown(t *testing.T) {
 	}
 	t.Run("while running", func(t *testing.T) {
 		t.Parallel()
-		channel := channelName(t)
-		dsn, proxy := proxied(t, sharedDSN)
+		channel := testkit.ChannelName(t)
+		dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
 		dsn = strings.Replace(dsn, "@", ":hunter2@", 1)
 		r := start(t, fast(dsn, channel+"=test"), nil).listening(t)
 		proxy.Refuse(true)
 		proxy.Reset()
-		r.wait(t, "connection attempt failed", 2)
+		r.Wait(t, "connection attempt failed", 2)
 		r.stop()
 		if strings.Contains(r.String(), "hunter2") {
 			t.Error("the password is in the log")
@@ -131,12 +136,12 @@ func TestGoodConnectionStrings(t *testing.T) {
 		"host=localhost search_path=app",
 		"postgres://localhost/db?user=me%40tenant&options=-csearch_path%3Dapp",
 	} {
-		cfg, problems := loadConfig(vars{"DATABASE_URL": dsn, "CHANNELS": "a"}.lookup, allHandlers())
+		cfg, problems := loadConfig(vars{"DATABASE_URL": dsn, "CHANNELS": "a"}.lookup, addHandlers(handlerTable()), modes())
 		if len(problems) > 0 {
 			t.Errorf("%s: %v", dsn, problems)
 			continue
 		}
-		if _, err := checkDSN(cfg.dsn()); err != nil {
+		if _, err := config.CheckDSN(cfg.dsn(), vars{}.lookup); err != nil {
 			t.Errorf("%s: with the application name: %v", dsn, err)
 		}
 	}
@@ -145,25 +150,25 @@ func TestGoodConnectionStrings(t *testing.T) {
 func TestValueFromFile(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "url")
-	if err := os.WriteFile(path, []byte(sharedDSN+"\n"), 0o600); err != nil {
+	if err := os.WriteFile(path, []byte(testkit.DSN(t)+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	channel := channelName(t)
+	channel := testkit.ChannelName(t)
 	v := fast("", channel+"=test", vars{"DATABASE_URL_FILE": path})
 	r := start(t, v, nil).listening(t)
-	notify(t, channel, "hello")
+	testkit.Send(t, channel, "hello")
 	r.expect(t, "hello")
 }
 
 func TestApplicationName(t *testing.T) {
 	t.Parallel()
 	for application, dsn := range map[string]string{
-		"pglistener":   sharedDSN,
-		"chosen by me": withParams(sharedDSN, "application_name", "chosen by me"),
+		"pglistener":   testkit.DSN(t),
+		"chosen by me": testkit.WithParams(testkit.DSN(t), "application_name", "chosen by me"),
 	} {
-		channel := channelName(t) + application
+		channel := testkit.ChannelName(t) + application
 		start(t, fast(dsn, channel+"=test"), nil).listening(t)
-		if len(backends(t, sharedDB, application)) == 0 {
+		if len(testkit.Backends(t, testkit.DB(t), application)) == 0 {
 			t.Errorf("no session is named %q", application)
 		}
 	}
@@ -171,8 +176,8 @@ func TestApplicationName(t *testing.T) {
 
 func TestUpperCaseChannelIsWarnedOf(t *testing.T) {
 	t.Parallel()
-	out := runProgram(t, fast(sharedDSN, "Orders"))
-	line := out.wait(t, "CHANNELS: ", 1)
+	out := runProgram(t, fast(testkit.DSN(t), "Orders"))
+	line := out.Wait(t, "CHANNELS: ", 1)
 	if line["level"] != "WARN" || !strings.Contains(line["msg"].(string), `"orders"`) {
 		t.Errorf("%v", line)
 	}
@@ -181,16 +186,16 @@ func TestUpperCaseChannelIsWarnedOf(t *testing.T) {
 func TestHelpAndVersion(t *testing.T) {
 	t.Parallel()
 	var stdout, stderr bytes.Buffer
-	if code := run(t.Context(), []string{"-h"}, vars{}.lookup, &stdout, &stderr); code != exitOK {
+	if code := run(t.Context(), []string{"-h"}, cli.Env{Lookup: vars{}.lookup, Stdout: &stdout, Stderr: &stderr}); code != cli.OK {
 		t.Errorf("-h: exit code %d: %s", code, stderr.String())
 	}
-	for f := range variables() {
-		name, value := variable(f)
+	for _, v := range config.Variables(&Config{}) {
+		name, value := v.Name, v.Default
 		found := false
 		for line := range strings.Lines(stdout.String()) {
 			fields := strings.Fields(line)
 			if len(fields) > 0 && fields[0] == name {
-				found = strings.Contains(line, value) && strings.Contains(line, f.Tag.Get("usage"))
+				found = strings.Contains(line, value) && strings.Contains(line, v.Usage)
 			}
 		}
 		if !found {
@@ -198,35 +203,15 @@ func TestHelpAndVersion(t *testing.T) {
 		}
 	}
 	stdout.Reset()
-	if code := run(t.Context(), []string{"-version"}, vars{}.lookup, &stdout, &stderr); code != exitOK || !strings.HasPrefix(stdout.String(), "pglistener ") {
+	if code := run(t.Context(), []string{"-version"}, cli.Env{Lookup: vars{}.lookup, Stdout: &stdout, Stderr: &stderr}); code != cli.OK || !strings.HasPrefix(stdout.String(), "pglistener ") {
 		t.Errorf("-version: exit code %d: %q", code, stdout.String())
 	}
-	if code := run(t.Context(), []string{"orders"}, vars{}.lookup, &stdout, &stderr); code != exitUsage {
+	if code := run(t.Context(), []string{"orders"}, cli.Env{Lookup: vars{}.lookup, Stdout: &stdout, Stderr: &stderr}); code != cli.Usage {
 		t.Errorf("an argument: exit code %d", code)
 	}
-	if code := run(t.Context(), []string{"-nope"}, vars{}.lookup, &stdout, &stderr); code != exitUsage {
+	if code := run(t.Context(), []string{"-nope"}, cli.Env{Lookup: vars{}.lookup, Stdout: &stdout, Stderr: &stderr}); code != cli.Usage {
 		t.Errorf("an unknown flag: exit code %d", code)
 	}
-}
-
-func FuzzParseChannels(f *testing.F) {
-	for _, s := range []string{"orders", "a=log,b=doorbell:exec:./x y", "=", ",", "a==", "a=plain:log", "a=doorbell:", "\xff", "a,a", strings.Repeat("x", 64)} {
-		f.Add(s)
-	}
-	table := allHandlers()
-	f.Fuzz(func(t *testing.T, s string) {
-		routes, err := parseChannels(s, table)
-		if err == nil && len(routes) != strings.Count(s, ",")+1 {
-			t.Errorf("%d entries without a complaint became %d channels", strings.Count(s, ",")+1, len(routes))
-		}
-		seen := map[string]bool{}
-		for _, r := range routes {
-			if r.channel == "" || len(r.channel) > maxChannel || !utf8.ValidString(r.channel) || seen[r.channel] || table[r.handler] == nil {
-				t.Errorf("accepted %+v", r)
-			}
-			seen[r.channel] = true
-		}
-	})
 }
 
 func FuzzConfig(f *testing.F) {
@@ -234,8 +219,8 @@ func FuzzConfig(f *testing.F) {
 	f.Add("-1s", "x", "", "host=h password=secret")
 	f.Add("1e9s", "99999999999999999999", "drop", "postgres://[::1")
 	f.Fuzz(func(t *testing.T, duration, number, overflow, dsn string) {
-		cfg, problems := loadConfig(vars{"DATABASE_URL": dsn, "CHANNELS": "a", "PING_INTERVAL": duration, "QUEUE_SIZE": number, "OVERFLOW": overflow}.lookup, allHandlers())
-		if len(problems) == 0 && (cfg.PingInterval < time.Nanosecond || cfg.QueueSize < 1) {
+		cfg, problems := loadConfig(vars{"DATABASE_URL": dsn, "CHANNELS": "a", "PING_INTERVAL": duration, "QUEUE_SIZE": number, "OVERFLOW": overflow}.lookup, addHandlers(handlerTable()), modes())
+		if len(problems) == 0 && (cfg.Listener.PingInterval < time.Nanosecond || cfg.Channel.Queue.Size < 1) {
 			t.Errorf("accepted %+v", cfg)
 		}
 		for _, p := range problems {

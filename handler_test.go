@@ -5,6 +5,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
 // TestAppend shows how to test a handler without a server: make it as the program
@@ -12,19 +15,19 @@ import (
 func TestAppend(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "journal")
-	h, err := newAppend(path, env{})
+	h, err := newAppend(path, Setup{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	first := Notification{Channel: "orders", Payload: "one\nline", Attempt: 1, serial: 1}
-	second := Notification{Channel: "orders", Payload: "two", Attempt: 1, serial: 2}
-	for _, n := range []Notification{first, second, second} { // the last is a repeat
+	first := notify.Notification{Channel: "orders", Payload: "one\nline", Attempt: 1, Serial: 1}
+	second := notify.Notification{Channel: "orders", Payload: "two", Attempt: 1, Serial: 2}
+	for _, n := range []notify.Notification{first, second, second} { // the last is a repeat
 		if err := h.Handle(t.Context(), n); err != nil {
 			t.Fatal(err)
 		}
 	}
 	var ids []string
-	for line := range strings.Lines(readFile(t, path)) {
+	for line := range strings.Lines(testkit.ReadFile(t, path)) {
 		var entry struct{ ID, Channel, Payload string }
 		if err := json.Unmarshal([]byte(line), &entry); err != nil {
 			t.Fatalf("%q: %v", line, err)
@@ -38,10 +41,10 @@ func TestAppend(t *testing.T) {
 		t.Errorf("ids %v: a repeat has the same one, others do not", ids)
 	}
 
-	if _, err := newAppend("", env{}); err == nil {
+	if _, err := newAppend("", Setup{}); err == nil {
 		t.Error("no file is accepted")
 	}
-	if _, err := newAppend(filepath.Join(t.TempDir(), "no", "such", "directory"), env{}); err == nil {
+	if _, err := newAppend(filepath.Join(t.TempDir(), "no", "such", "directory"), Setup{}); err == nil {
 		t.Error("a file that cannot be written is accepted")
 	}
 }

@@ -1,3 +1,5 @@
+// feature: health
+
 package main
 
 import (
@@ -5,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -13,10 +16,43 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
+
+	"github.com/pglistener/pglistener/internal/cli"
+	"github.com/pglistener/pglistener/internal/health"
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
+
+// web serves a Listener's health and returns a function that gets a path.
+func (r *running) web(t *testing.T) func(path string) (code int, body string) {
+	t.Helper()
+	h, err := health.Serve("127.0.0.1:0", r.listener, version(), r.Logger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.Close)
+	return func(path string) (int, string) {
+		t.Helper()
+		return get(t, "http://"+h.Addr()+path)
+	}
+}
+
+func get(t *testing.T, address string) (int, string) {
+	t.Helper()
+	c := http.Client{Timeout: testkit.Patience}
+	res, err := c.Get(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res.StatusCode, string(body)
+}
 
 // metricLine is a sample of the Prometheus text format.
 var metricLine = regexp.MustCompile(`^([a-z_]+)(\{[a-z_]+="(?:[^"\\\n]|\\.)*"(?:,[a-z_]+="(?:[^"\\\n]|\\.)*")*\})? (-?[0-9.e+-]+|\+Inf)$`)
@@ -24,17 +60,17 @@ var metricLine = regexp.MustCompile(`^([a-z_]+)(\{[a-z_]+="(?:[^"\\\n]|\\.)*"(?:
 func TestMetricsUnderLoad(t *testing.T) {
 	t.Parallel()
 	channel := `odd "name" with \ in it`
-	r := start(t, probing(sharedDSN, channel+"=test"), nil).listening(t)
+	r := start(t, probing(testkit.DSN(t), channel+"=test"), nil).listening(t)
 	web := r.web(t)
-	ready(t, web)
+	r.ready(t)
 	const total = 20_000
 	done := make(chan error, 1)
 	go func() {
-		_, err := sharedDB.Exec("select pg_notify($1, i::text) from generate_series(1, $2) i", channel, total)
+		_, err := testkit.DB(t).Exec("select pg_notify($1, i::text) from generate_series(1, $2) i", channel, total)
 		done <- err
 	}()
 	handled := `pglistener_notifications_handled_total{channel="odd \"name\" with \\ in it"} `
-	eventually(t, "the count of what was handled does not reach the total", func() bool {
+	testkit.Eventually(t, "the count of what was handled does not reach the total", func() bool {
 		code, body := web("/metrics")
 		if code != http.StatusOK {
 			t.Fatalf("/metrics: %d", code)
@@ -87,7 +123,7 @@ func TestMetricsUnderLoad(t *testing.T) {
 		}
 	}
 	if err != nil {
-		skip(t, "promtool is missing: "+err.Error())
+		testkit.Skip(t, "promtool is missing: "+err.Error())
 	}
 	cmd := exec.Command(promtool, "check", "metrics")
 	cmd.Stdin = strings.NewReader(body)
@@ -98,19 +134,19 @@ func TestMetricsUnderLoad(t *testing.T) {
 
 func TestMetricsCountFaults(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	dsn, proxy := proxied(t, sharedDSN)
-	r := start(t, probing(dsn, channel+"=fail", vars{"HANDLER_ATTEMPTS": "3"}), map[string]newHandler{
-		"fail": func(string, env) (Handler, error) {
-			return HandlerFunc(func(context.Context, Notification) error { return errors.New("no") }), nil
+	channel := testkit.ChannelName(t)
+	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
+	r := start(t, probing(dsn, channel+"=fail", vars{"HANDLER_ATTEMPTS": "3"}), table{
+		"fail": func(string, Setup) (notify.Handler, error) {
+			return notify.HandlerFunc(func(context.Context, notify.Notification) error { return errors.New("no") }), nil
 		},
 	}).listening(t)
 	web := r.web(t)
 	proxy.Reset()
-	r.wait(t, "reconnected", 1)
-	notify(t, channel, "x")
-	r.wait(t, "gave up", 1)
-	ready(t, web)
+	r.Wait(t, "reconnected", 1)
+	testkit.Send(t, channel, "x")
+	r.Wait(t, "gave up", 1)
+	r.ready(t)
 	_, body := web("/metrics")
 	for _, want := range []string{
 		"pglistener_gaps_total 1", "pglistener_reconnects_total 1",
@@ -127,18 +163,18 @@ func TestMetricsCountFaults(t *testing.T) {
 
 func TestHealthIsReadOnly(t *testing.T) {
 	t.Parallel()
-	r := start(t, fast(sharedDSN, channelName(t)+"=test"), nil).listening(t)
-	h, err := serveHealth("127.0.0.1:0", r.listener, testConfig(t, nil).logger(r.logs))
+	r := start(t, fast(testkit.DSN(t), testkit.ChannelName(t)+"=test"), nil).listening(t)
+	h, err := health.Serve("127.0.0.1:0", r.listener, version(), r.Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(h.close)
+	t.Cleanup(h.Close)
 	for method, want := range map[string]int{
 		http.MethodGet: http.StatusOK, http.MethodHead: http.StatusOK,
 		http.MethodPost: http.StatusMethodNotAllowed, http.MethodDelete: http.StatusMethodNotAllowed,
 	} {
 		for _, path := range []string{"/livez", "/metrics"} {
-			req, err := http.NewRequestWithContext(t.Context(), method, "http://"+h.ln.Addr().String()+path, nil)
+			req, err := http.NewRequestWithContext(t.Context(), method, "http://"+h.Addr()+path, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -153,7 +189,7 @@ func TestHealthIsReadOnly(t *testing.T) {
 		}
 	}
 	// A client that never finishes its request is let go.
-	c, err := net.Dial("tcp", h.ln.Addr().String())
+	c, err := net.Dial("tcp", h.Addr())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,7 +197,7 @@ func TestHealthIsReadOnly(t *testing.T) {
 	if _, err := c.Write([]byte("GET /livez HTTP/1.1\r\n")); err != nil {
 		t.Fatal(err)
 	}
-	_ = c.SetReadDeadline(time.Now().Add(patience))
+	_ = c.SetReadDeadline(time.Now().Add(testkit.Patience))
 	for buf := make([]byte, 1024); ; {
 		if _, err := c.Read(buf); err != nil {
 			var timeout net.Error
@@ -173,22 +209,6 @@ func TestHealthIsReadOnly(t *testing.T) {
 	}
 }
 
-// A loop that does not turn is what /livez and the watchdog are for.
-func TestLivezNoticesAStuckLoop(t *testing.T) {
-	t.Parallel()
-	r := start(t, fast(sharedDSN, channelName(t)+"=test"), nil).listening(t)
-	if reason := r.listener.alive(); reason != "" {
-		t.Errorf("not alive: %s", reason)
-	}
-	r.stop() // no loop turns from here on
-	s := *r.listener.published.Load()
-	s.beat = s.beat.Add(-loopBound)
-	r.listener.published.Store(&s)
-	if r.listener.alive() == "" || r.listener.deafness() == "" {
-		t.Error("a stuck loop is called alive")
-	}
-}
-
 func TestAddressInUseEndsTheStart(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -196,8 +216,8 @@ func TestAddressInUseEndsTheStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	p := runProgram(t, fast(sharedDSN, channelName(t), vars{"HTTP_ADDR": l.Addr().String()}))
-	p.exit(t, exitFailed, patience)
+	p := runProgram(t, fast(testkit.DSN(t), testkit.ChannelName(t), vars{"HTTP_ADDR": l.Addr().String()}))
+	p.exit(t, cli.Failed, testkit.Patience)
 	if !strings.Contains(p.String(), "HTTP_ADDR: listen tcp "+l.Addr().String()) {
 		t.Errorf("it says: %s", p)
 	}
@@ -206,39 +226,39 @@ func TestAddressInUseEndsTheStart(t *testing.T) {
 func TestNothingListensUnlessAsked(t *testing.T) {
 	t.Parallel()
 	if _, err := os.Stat("/proc/net/tcp"); err != nil {
-		skip(t, "needs /proc to see sockets")
+		testkit.Skip(t, "needs /proc to see sockets")
 	}
-	p := runProgram(t, fast(sharedDSN, channelName(t)))
-	p.wait(t, "listening", 1)
+	p := runProgram(t, fast(testkit.DSN(t), testkit.ChannelName(t)))
+	p.Wait(t, "listening", 1)
 	if n := listeningSockets(t, p.cmd.Process.Pid); n != 0 {
 		t.Errorf("%d sockets listen", n)
 	}
-	q := runProgram(t, fast(sharedDSN, channelName(t), vars{"HTTP_ADDR": "127.0.0.1:0"}))
-	addr := q.wait(t, "serving health", 1)["addr"].(string)
+	q := runProgram(t, fast(testkit.DSN(t), testkit.ChannelName(t), vars{"HTTP_ADDR": "127.0.0.1:0"}))
+	addr := q.Wait(t, "serving health", 1)["addr"].(string)
 	if n := listeningSockets(t, q.cmd.Process.Pid); n != 1 {
 		t.Errorf("%d sockets listen, want 1: the test cannot see", n)
 	}
-	q.wait(t, "delivery proven", 1)
-	eventually(t, "never ready", func() bool {
+	q.Wait(t, "delivery proven", 1)
+	testkit.Eventually(t, "never ready", func() bool {
 		code, _ := get(t, "http://"+addr+"/readyz")
 		return code == http.StatusOK
 	})
 	ask := func(addr string) (int, string) {
 		var out bytes.Buffer
-		code := run(t.Context(), []string{"-healthy"}, vars{"HTTP_ADDR": addr}.lookup, &out, &out)
+		code := run(t.Context(), []string{"-healthy"}, cli.Env{Lookup: vars{"HTTP_ADDR": addr}.lookup, Stdout: &out, Stderr: &out})
 		return code, out.String()
 	}
-	if code, text := ask(addr); code != exitOK || text != "ok\n" {
+	if code, text := ask(addr); code != cli.OK || text != "ok\n" {
 		t.Errorf("-healthy: %d %q", code, text)
 	}
 	_, port, _ := net.SplitHostPort(addr)
-	if code, text := ask(":" + port); code != exitOK || text != "ok\n" {
+	if code, text := ask(":" + port); code != cli.OK || text != "ok\n" {
 		t.Errorf("-healthy without a host: %d %q", code, text)
 	}
-	if code, text := ask(freshAddress(t)); code != exitFailed || !strings.HasPrefix(text, "no answer") {
+	if code, text := ask(testkit.FreshAddress(t)); code != cli.Failed || !strings.HasPrefix(text, "no answer") {
 		t.Errorf("-healthy, nobody there: %d %q", code, text)
 	}
-	if code, text := ask(""); code != exitFailed || !strings.HasPrefix(text, "HTTP_ADDR is not set") {
+	if code, text := ask(""); code != cli.Failed || !strings.HasPrefix(text, "HTTP_ADDR is not set") {
 		t.Errorf("-healthy, nowhere to ask: %d %q", code, text)
 	}
 }
@@ -267,79 +287,4 @@ func listeningSockets(t *testing.T, pid int) int {
 		}
 	}
 	return n
-}
-
-func TestSystemd(t *testing.T) {
-	t.Parallel()
-	for name, path := range map[string]string{
-		"path":     filepath.Join(t.TempDir(), "notify"),
-		"abstract": "@pglistener-test-" + nonce(),
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			if name == "abstract" {
-				if _, err := os.Stat("/proc/net/unix"); err != nil {
-					skip(t, "needs abstract sockets")
-				}
-			}
-			sock, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer sock.Close()
-			var said []string
-			until := func(what string) {
-				t.Helper()
-				buf := make([]byte, 4096)
-				_ = sock.SetReadDeadline(time.Now().Add(patience))
-				for {
-					n, err := sock.Read(buf)
-					if err != nil {
-						t.Fatalf("never told %q: %v; told %q", what, err, said)
-					}
-					for line := range strings.Lines(string(buf[:n])) {
-						line = strings.TrimSpace(line)
-						said = append(said, line)
-						if strings.HasPrefix(line, what) {
-							return
-						}
-					}
-				}
-			}
-			channel := channelName(t)
-			dsn, proxy := proxied(t, sharedDSN)
-			slow, _ := slowScript(t, "2")
-			p := runProgram(t, probing(dsn, channel+"=exec:"+slow, vars{"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "400000"}))
-			until("READY=1")
-			until("STATUS=listening")
-			for range 5 {
-				until("WATCHDOG=1")
-			}
-			proxy.Refuse(true)
-			proxy.Reset()
-			until("STATUS=not ready: ")
-			proxy.Refuse(false)
-			until("STATUS=listening")
-			// systemd must not be fed by a process that does nothing else.
-			p.signal(t, syscall.SIGSTOP)
-			said = nil
-			_ = sock.SetReadDeadline(time.Now().Add(time.Second))
-			for buf := make([]byte, 4096); ; { // what was on its way
-				if _, err := sock.Read(buf); err != nil {
-					break
-				}
-			}
-			p.signal(t, syscall.SIGCONT)
-			until("WATCHDOG=1")
-			// Nor must it be killed while a handler finishes.
-			notify(t, channel, "x\n")
-			p.wait(t, "delivery proven", 2)
-			p.signal(t, syscall.SIGTERM)
-			until("STOPPING=1")
-			for range 5 {
-				until("WATCHDOG=1")
-			}
-			p.exit(t, exitOK, stopBound)
-		})
-	}
 }

@@ -10,21 +10,24 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
 // The tests of the promises: delivery, and recovery from each fault. Their names are in README.
 
 func TestDeliversInOrder(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
+	channel := testkit.ChannelName(t)
 	const channels, each = 4, 500
 	var list []string
 	for i := range channels {
 		list = append(list, fmt.Sprintf("%s%d=test", channel, i))
 	}
-	r := start(t, fast(sharedDSN, strings.Join(list, ",")), nil).listening(t)
+	r := start(t, fast(testkit.DSN(t), strings.Join(list, ",")), nil).listening(t)
 	for n := range each {
-		_, err := sharedDB.Exec("select pg_notify($1 || i, $2) from generate_series(0, $3) i", channel, fmt.Sprint(n), channels-1)
+		_, err := testkit.DB(t).Exec("select pg_notify($1 || i, $2) from generate_series(0, $3) i", channel, fmt.Sprint(n), channels-1)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -37,7 +40,7 @@ func TestDeliversInOrder(t *testing.T) {
 				t.Fatalf("%s: heard %q, want %q", n.Channel, n.Payload, want)
 			}
 			next[n.Channel]++
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Fatalf("heard only %v", next)
 		}
 	}
@@ -45,8 +48,8 @@ func TestDeliversInOrder(t *testing.T) {
 
 func TestDeliversAnyPayload(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	r := start(t, fast(sharedDSN, channel+"=test"), nil).listening(t)
+	channel := testkit.ChannelName(t)
+	r := start(t, fast(testkit.DSN(t), channel+"=test"), nil).listening(t)
 	for _, payload := range []string{
 		"",
 		strings.Repeat("x", 7999),
@@ -55,7 +58,7 @@ func TestDeliversAnyPayload(t *testing.T) {
 		"naïve 漢字 🐘",
 		"level=ERROR msg=forged",
 	} {
-		notify(t, channel, payload)
+		testkit.Send(t, channel, payload)
 		r.expect(t, payload)
 	}
 }
@@ -63,97 +66,97 @@ func TestDeliversAnyPayload(t *testing.T) {
 func TestChannelNamesThatNeedQuoting(t *testing.T) {
 	t.Parallel()
 	channel := `Käse "n' Brot; drop table x; --`
-	r := start(t, fast(sharedDSN, channel+"=test"), nil).listening(t)
-	notify(t, channel, "hello")
+	r := start(t, fast(testkit.DSN(t), channel+"=test"), nil).listening(t)
+	testkit.Send(t, channel, "hello")
 	r.expect(t, "hello")
 }
 
 func TestHearsAgainAfterBackendKilled(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	r := start(t, fast(withParams(sharedDSN, "application_name", channel), channel+"=test"), nil).listening(t)
-	notify(t, channel, "before")
+	channel := testkit.ChannelName(t)
+	r := start(t, fast(testkit.WithParams(testkit.DSN(t), "application_name", channel), channel+"=test"), nil).listening(t)
+	testkit.Send(t, channel, "before")
 	r.expect(t, "before")
-	for _, pid := range backends(t, sharedDB, channel) {
-		execSQL(t, sharedDB, "select pg_terminate_backend($1)", pid)
+	for _, pid := range testkit.Backends(t, testkit.DB(t), channel) {
+		testkit.Exec(t, testkit.DB(t), "select pg_terminate_backend($1)", pid)
 	}
-	gone := r.wait(t, "disconnected", 1)
+	gone := r.Wait(t, "disconnected", 1)
 	if !strings.Contains(gone["error"].(string), "57P01") {
 		t.Errorf("the cause is not the server's word: %v", gone)
 	}
 	if gone["uptime"] == nil {
 		t.Errorf("no uptime: %v", gone)
 	}
-	back := r.wait(t, "reconnected", 1)
+	back := r.Wait(t, "reconnected", 1)
 	for _, attr := range []string{"gap_from", "gap_to", "gap", "channels", "server", "local"} {
 		if back[attr] == nil {
 			t.Errorf("no %s: %v", attr, back)
 		}
 	}
-	notify(t, channel, "after")
+	testkit.Send(t, channel, "after")
 	r.expect(t, "after")
 }
 
 func TestHearsAgainAfterReset(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	dsn, proxy := proxied(t, sharedDSN)
+	channel := testkit.ChannelName(t)
+	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
 	r := start(t, fast(dsn, channel+"=test"), nil).listening(t)
 	proxy.Reset()
-	r.wait(t, "reconnected", 1)
-	notify(t, channel, "after")
+	r.Wait(t, "reconnected", 1)
+	testkit.Send(t, channel, "after")
 	r.expect(t, "after")
 }
 
 func TestHearsAgainAfterServerRestart(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	s := ownServer(t)
+	channel := testkit.ChannelName(t)
+	s := testkit.OwnServer(t)
 	r := start(t, fast(s.DSN(), channel+"=test"), nil).listening(t)
 	if err := s.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	r.wait(t, "connection attempt failed", 2)
+	r.Wait(t, "connection attempt failed", 2)
 	if err := s.Start(); err != nil {
 		t.Fatal(err)
 	}
-	r.wait(t, "reconnected", 1)
-	notifyOn(t, testDB(t, s.DSN()), channel, "after")
+	r.Wait(t, "reconnected", 1)
+	testkit.SendOn(t, testkit.Open(t, s.DSN()), channel, "after")
 	r.expect(t, "after")
 }
 
 func TestWaitsForServerAtStart(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	s := ownServer(t)
+	channel := testkit.ChannelName(t)
+	s := testkit.OwnServer(t)
 	if err := s.Stop(); err != nil {
 		t.Fatal(err)
 	}
 	r := start(t, fast(s.DSN(), channel+"=test"), nil)
-	r.wait(t, "connection attempt failed", 1)
+	r.Wait(t, "connection attempt failed", 1)
 	if err := s.Start(); err != nil {
 		t.Fatal(err)
 	}
 	r.listening(t)
-	notifyOn(t, testDB(t, s.DSN()), channel, "first")
+	testkit.SendOn(t, testkit.Open(t, s.DSN()), channel, "first")
 	r.expect(t, "first")
 }
 
 func TestHearsAgainAfterSilence(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	dsn, proxy := proxied(t, sharedDSN)
+	channel := testkit.ChannelName(t)
+	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
 	r := start(t, fast(dsn, channel+"=test"), nil).listening(t)
-	notify(t, channel, "before")
+	testkit.Send(t, channel, "before")
 	r.expect(t, "before")
 	proxy.Silence()
 	silenced := time.Now()
-	deaf := r.heardAgain(t, sharedDB, channel).Sub(silenced)
+	deaf := r.heardAgain(t, testkit.DB(t), channel).Sub(silenced)
 	if bound := testInterval + testTimeout + time.Second; deaf > bound {
 		t.Errorf("deaf for %v after the connection fell silent, more than %v", deaf, bound)
 	}
 	// The gap is counted from the last byte, and not from when the silence was noticed.
-	gap, err := time.ParseDuration(r.wait(t, "reconnected", 1)["gap"].(string))
+	gap, err := time.ParseDuration(r.Wait(t, "reconnected", 1)["gap"].(string))
 	if err != nil || gap < testTimeout {
 		t.Errorf("the log says that the gap was %v (%v); it was at least %v", gap, err, testTimeout)
 	}
@@ -161,17 +164,17 @@ func TestHearsAgainAfterSilence(t *testing.T) {
 
 func TestHearsAgainWhileServerProcessFrozen(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	s := ownServer(t)
-	db := testDB(t, s.DSN())
-	r := start(t, fast(withParams(s.DSN(), "application_name", channel), channel+"=test"), nil).listening(t)
-	r.wait(t, "delivery proven", 1)
+	channel := testkit.ChannelName(t)
+	s := testkit.OwnServer(t)
+	db := testkit.Open(t, s.DSN())
+	r := start(t, fast(testkit.WithParams(s.DSN(), "application_name", channel), channel+"=test"), nil).listening(t)
+	r.Wait(t, "delivery proven", 1)
 	// A process that is frozen with a lock in its hands freezes the whole server; this one waits for us.
-	eventually(t, "the session is never idle", func() (idle bool) {
+	testkit.Eventually(t, "the session is never idle", func() (idle bool) {
 		err := db.QueryRow("select wait_event = 'ClientRead' from pg_stat_activity where application_name = $1 and state = 'idle'", channel).Scan(&idle)
 		return err == nil && idle
 	})
-	for _, pid := range backends(t, db, channel) {
+	for _, pid := range testkit.Backends(t, db, channel) {
 		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 			t.Fatal(err)
 		}
@@ -186,12 +189,12 @@ func TestHearsAgainWhileServerProcessFrozen(t *testing.T) {
 
 func TestConnectAcceptedAndNeverAnswered(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	dsn, proxy := proxied(t, sharedDSN)
+	channel := testkit.ChannelName(t)
+	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
 	proxy.Mute(true)
 	r := start(t, fast(dsn, channel+"=test"), nil)
 	began := time.Now()
-	line := r.wait(t, "connection attempt failed", 1)
+	line := r.Wait(t, "connection attempt failed", 1)
 	if took, bound := time.Since(began), testTimeout+2*time.Second; took > bound {
 		t.Errorf("the attempt took %v, more than %v", took, bound)
 	}
@@ -200,94 +203,94 @@ func TestConnectAcceptedAndNeverAnswered(t *testing.T) {
 	}
 	proxy.Mute(false)
 	r.listening(t)
-	notify(t, channel, "first")
+	testkit.Send(t, channel, "first")
 	r.expect(t, "first")
 }
 
 func TestPingsKeepIdleSessionAlive(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	dsn := withParams(sharedDSN, "idle_session_timeout", "1500")
+	channel := testkit.ChannelName(t)
+	dsn := testkit.WithParams(testkit.DSN(t), "idle_session_timeout", "1500")
 	r := start(t, fast(dsn, channel+"=test", vars{"PING_INTERVAL": "300ms"}), nil).listening(t)
 	time.Sleep(3 * time.Second) // there is no event to wait for: that nothing happens is the point
-	if lines := r.all("disconnected"); len(lines) > 0 {
+	if lines := r.All("disconnected"); len(lines) > 0 {
 		t.Fatalf("the session was ended although it was pinged: %v", lines)
 	}
-	notify(t, channel, "still there")
+	testkit.Send(t, channel, "still there")
 	r.expect(t, "still there")
 }
 
 func TestHearsAgainAfterIdleSessionTimeout(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	dsn := withParams(sharedDSN, "idle_session_timeout", "500")
+	channel := testkit.ChannelName(t)
+	dsn := testkit.WithParams(testkit.DSN(t), "idle_session_timeout", "500")
 	r := start(t, fast(dsn, channel+"=test", vars{"PING_INTERVAL": "30s"}), nil).listening(t)
-	if line := r.wait(t, "disconnected", 1); !strings.Contains(line["error"].(string), "57P05") {
+	if line := r.Wait(t, "disconnected", 1); !strings.Contains(line["error"].(string), "57P05") {
 		t.Errorf("unexpected cause: %v", line)
 	}
-	r.wait(t, "reconnected", 1)
-	r.heardAgain(t, sharedDB, channel)
+	r.Wait(t, "reconnected", 1)
+	r.heardAgain(t, testkit.DB(t), channel)
 }
 
 func TestLosesNothingInBurstsOnSlowLink(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	dsn, proxy := proxied(t, sharedDSN)
+	channel := testkit.ChannelName(t)
+	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
 	proxy.Delay(100 * time.Millisecond) // 200 ms there and back
 	// A ping is in flight for most of the time.
 	r := start(t, fast(dsn, channel+"=test", vars{"PING_INTERVAL": "50ms", "PING_TIMEOUT": "5s"}), nil).listening(t)
 	const bursts, each = 5, 5000
 	for b := range bursts {
-		if _, err := sharedDB.Exec("select pg_notify($1, $2 || '-' || i) from generate_series(1, $3) i", channel, fmt.Sprint(b), each); err != nil {
+		if _, err := testkit.DB(t).Exec("select pg_notify($1, $2 || '-' || i) from generate_series(1, $3) i", channel, fmt.Sprint(b), each); err != nil {
 			t.Fatal(err)
 		}
 		for i := 1; i <= each; i++ {
 			r.expect(t, fmt.Sprintf("%d-%d", b, i))
 		}
 	}
-	if lines := r.all("disconnected"); len(lines) > 0 {
+	if lines := r.All("disconnected"); len(lines) > 0 {
 		t.Errorf("disconnected: %v", lines)
 	}
 }
 
 func TestSurvivesFlappingServer(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	dsn, proxy := proxied(t, sharedDSN)
+	channel := testkit.ChannelName(t)
+	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
 	r := start(t, fast(dsn, channel+"=test"), nil).listening(t)
 	for n := 1; n <= 10; n++ {
 		proxy.Reset()
-		r.wait(t, "reconnected", n)
+		r.Wait(t, "reconnected", n)
 	}
 	began, dialed := time.Now(), proxy.Dialed()
 	for n := 11; n <= 15; n++ {
 		proxy.Reset()
-		r.wait(t, "reconnected", n)
+		r.Wait(t, "reconnected", n)
 	}
 	// By now each attempt waits between 100 and 200 ms.
 	if took := time.Since(began); took < 400*time.Millisecond {
 		t.Errorf("%d connections in %v: no pause between them", proxy.Dialed()-dialed, took)
 	}
-	notify(t, channel, "after")
+	testkit.Send(t, channel, "after")
 	r.expect(t, "after")
 }
 
 func TestHearsAgainWhenConnectionSlotsWereTaken(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	s := ownServer(t, "max_connections = 6", "superuser_reserved_connections = 0", "max_wal_senders = 0")
-	db := testDB(t, s.DSN())
+	channel := testkit.ChannelName(t)
+	s := testkit.OwnServer(t, "max_connections = 6", "superuser_reserved_connections = 0", "max_wal_senders = 0")
+	db := testkit.Open(t, s.DSN())
 	db.SetMaxOpenConns(1)
 	if err := db.Ping(); err != nil {
 		t.Fatal(err)
 	}
-	dsn, proxy := proxied(t, s.DSN())
+	dsn, proxy := testkit.Proxied(t, s.DSN())
 	r := start(t, fast(dsn, channel+"=test"), nil).listening(t)
 	proxy.Refuse(true)
 	proxy.Reset()
-	r.wait(t, "connection attempt failed", 1)
+	r.Wait(t, "connection attempt failed", 1)
 
-	greedy := testDB(t, s.DSN())
+	greedy := testkit.Open(t, s.DSN())
 	var taken []*sql.Conn
 	for {
 		c, err := greedy.Conn(t.Context())
@@ -297,8 +300,8 @@ func TestHearsAgainWhenConnectionSlotsWereTaken(t *testing.T) {
 		taken = append(taken, c)
 	}
 	proxy.Refuse(false)
-	eventually(t, "the listener was not told that all slots are taken", func() bool {
-		return slices.ContainsFunc(r.all("connection attempt failed"), func(line logLine) bool {
+	testkit.Eventually(t, "the listener was not told that all slots are taken", func() bool {
+		return slices.ContainsFunc(r.All("connection attempt failed"), func(line testkit.Line) bool {
 			return strings.Contains(line["error"].(string), "53300")
 		})
 	})
@@ -306,42 +309,43 @@ func TestHearsAgainWhenConnectionSlotsWereTaken(t *testing.T) {
 		c.Close()
 	}
 	greedy.Close()
-	r.wait(t, "reconnected", 1)
+	r.Wait(t, "reconnected", 1)
 	r.heardAgain(t, db, channel)
 }
 
 // counter is a handler that counts its calls; it can catch up.
 type counter struct{ handled, caughtUp atomic.Int64 }
 
-func (c *counter) Handle(context.Context, Notification) error { c.handled.Add(1); return nil }
-func (c *counter) CatchUp(context.Context) error              { c.caughtUp.Add(1); return nil }
+func (c *counter) Handle(context.Context, notify.Notification) error { c.handled.Add(1); return nil }
+func (c *counter) CatchUp(context.Context) error                     { c.caughtUp.Add(1); return nil }
 
-// eventually waits until ok; there is no event for what a handler counts.
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(patience); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal(what)
-		}
-	}
+// gated is a counter whose Handle waits for a gate.
+type gated struct {
+	*counter
+	gate chan struct{}
+}
+
+func (g *gated) Handle(ctx context.Context, n notify.Notification) error {
+	<-g.gate
+	return g.counter.Handle(ctx, n)
 }
 
 func TestCatchesUpOncePerSubscription(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	dsn, proxy := proxied(t, sharedDSN)
+	channel := testkit.ChannelName(t)
+	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
 	c := &counter{}
-	r := start(t, fast(dsn, channel+"=counter,"+channel+"2=test,"+channel+"3=test"), map[string]newHandler{
-		"counter": func(string, env) (Handler, error) { return c, nil },
+	r := start(t, fast(dsn, channel+"=counter,"+channel+"2=test,"+channel+"3=test"), table{
+		"counter": func(string, Setup) (notify.Handler, error) { return c, nil },
 	}).listening(t)
 	const times = 5
 	for n := 1; n <= times; n++ {
 		proxy.Reset()
-		r.wait(t, "reconnected", n)
+		r.Wait(t, "reconnected", n)
 	}
 	// What is heard now comes after whatever catch-up was asked for before.
-	notify(t, channel, "after")
-	eventually(t, "the notification was not handled", func() bool { return c.handled.Load() == 1 })
+	testkit.Send(t, channel, "after")
+	testkit.Eventually(t, "the notification was not handled", func() bool { return c.handled.Load() == 1 })
 	if n := c.caughtUp.Load(); n != times+1 {
 		t.Errorf("caught up %d times in %d subscriptions", n, times+1)
 	}
@@ -349,13 +353,13 @@ func TestCatchesUpOncePerSubscription(t *testing.T) {
 
 func TestDoorbell(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	dsn, proxy := proxied(t, sharedDSN)
-	began := make(chan Notification, 100)
+	channel := testkit.ChannelName(t)
+	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
+	began := make(chan notify.Notification, 100)
 	finish := make(chan struct{})
-	r := start(t, fast(dsn, channel+"=doorbell:work"), map[string]newHandler{
-		"work": func(string, env) (Handler, error) {
-			return HandlerFunc(func(_ context.Context, n Notification) error {
+	r := start(t, fast(dsn, channel+"=doorbell:work"), table{
+		"work": func(string, Setup) (notify.Handler, error) {
+			return notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
 				began <- n
 				<-finish
 				return nil
@@ -369,27 +373,21 @@ func TestDoorbell(t *testing.T) {
 			if n.Payload != "" || n.Channel != channel || n.Attempt != 1 {
 				t.Errorf("%s: given %+v", what, n)
 			}
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Fatalf("%s: the handler did not run", what)
 		}
 	}
 	runs("at the start")
 	// However many arrive while it runs, it runs once more.
 	for i := range 50 {
-		notify(t, channel, fmt.Sprint(i))
+		testkit.Send(t, channel, fmt.Sprint(i))
 	}
-	// The last of them has come when a sentinel on the same connection has.
-	eventually(t, "it was not rung", func() bool {
-		w := r.listener.workers[channel]
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		return w.rung
-	})
+	testkit.Eventually(t, "it was not rung", func() bool { return r.stat("pglistener_notifications_received_total", channel) == 50 })
 	finish <- struct{}{}
 	runs("on notifications")
 	finish <- struct{}{}
 	proxy.Reset()
-	r.wait(t, "reconnected", 1)
+	r.Wait(t, "reconnected", 1)
 	runs("after a gap")
 	close(finish)
 	if n := r.stop(); n != 0 {
@@ -403,32 +401,48 @@ func TestDoorbell(t *testing.T) {
 
 func TestDoorbellIsSweptWhileServerIsAway(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	dsn, proxy := proxied(t, sharedDSN)
+	channel := testkit.ChannelName(t)
+	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
 	c := &counter{}
-	r := start(t, fast(dsn, channel+"=doorbell:counter", vars{"CATCH_UP_INTERVAL": "100ms"}), map[string]newHandler{
-		"counter": func(string, env) (Handler, error) { return HandlerFunc(c.Handle), nil },
+	r := start(t, fast(dsn, channel+"=doorbell:counter", vars{"CATCH_UP_INTERVAL": "100ms"}), table{
+		"counter": func(string, Setup) (notify.Handler, error) { return notify.HandlerFunc(c.Handle), nil },
 	}).listening(t)
 	proxy.Refuse(true)
 	proxy.Reset()
-	r.wait(t, "connection attempt failed", 1)
+	r.Wait(t, "connection attempt failed", 1)
 	before := c.handled.Load()
-	eventually(t, "no sweep while disconnected", func() bool { return c.handled.Load() >= before+3 })
+	testkit.Eventually(t, "no sweep while disconnected", func() bool { return c.handled.Load() >= before+3 })
 }
 
 func TestLongOutageDoesNotFloodTheLog(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	dsn, proxy := proxied(t, sharedDSN)
+	channel := testkit.ChannelName(t)
+	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
 	r := start(t, fast(dsn, channel+"=test", vars{"RECONNECT_MIN": "1ms", "RECONNECT_MAX": "2ms"}), nil).listening(t)
 	proxy.Refuse(true)
 	proxy.Reset()
 	dialed := proxy.Dialed()
-	eventually(t, "too few attempts", func() bool { return proxy.Dialed() >= dialed+200 })
+	testkit.Eventually(t, "too few attempts", func() bool { return proxy.Dialed() >= dialed+200 })
 	// The 1st, 2nd, 4th, ... 128th of each kind; the proxy makes two, EOF and RST.
-	if n := len(r.all("connection attempt failed")); n < 5 || n > 2*8+2 {
+	if n := len(r.All("connection attempt failed")); n < 5 || n > 2*8+2 {
 		t.Errorf("%d lines for 200 attempts", n)
 	}
 	proxy.Refuse(false)
-	r.wait(t, "reconnected", 1)
+	r.Wait(t, "reconnected", 1)
+}
+
+// A loop that does not turn is what /livez and the watchdog are for.
+func TestLivezNoticesAStuckLoop(t *testing.T) {
+	t.Parallel()
+	r := start(t, fast(testkit.DSN(t), testkit.ChannelName(t)+"=test"), nil).listening(t)
+	if err := r.listener.Alive(); err != nil {
+		t.Errorf("not alive: %v", err)
+	}
+	r.stop() // no loop turns from here on
+	s := *r.listener.published.Load()
+	s.turnedAt = s.turnedAt.Add(-loopBound)
+	r.listener.published.Store(&s)
+	if r.listener.Alive() == nil || r.listener.Ready() == nil {
+		t.Error("a stuck loop is called alive")
+	}
 }

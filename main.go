@@ -6,143 +6,115 @@ package main
 
 import (
 	"context"
-	"flag"
+	"errors"
 	"fmt"
-	"io"
+	"log/slog"
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strings"
 	"syscall"
-)
 
-const (
-	exitOK     = 0
-	exitFailed = 1
-	exitUsage  = 2
+	"github.com/pglistener/pglistener/internal/cli"
+	"github.com/pglistener/pglistener/internal/config"
+	"github.com/pglistener/pglistener/internal/logs"
+	"github.com/pglistener/pglistener/internal/pgconn"
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	// The first signal stops in order; from then on a second one ends the process at once.
 	context.AfterFunc(ctx, stop)
-	os.Exit(run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr))
+	os.Exit(run(ctx, os.Args[1:], cli.Env{Lookup: os.LookupEnv, Stdout: os.Stdout, Stderr: os.Stderr}))
 }
 
-// run is the program: it returns the exit code once ctx has ended and everything is tidied up.
-func run(ctx context.Context, args []string, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
-	flags := flag.NewFlagSet("pglistener", flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	flags.Usage = func() { usage(stderr) }
-	help := flags.Bool("h", false, "print the variables")
-	check := flags.Bool("check", false, "try everything once")
-	schema := flags.Bool("outbox-schema", false, "print the SQL of the outbox") // feature: outbox
-	healthy := flags.Bool("healthy", false, "ask the running listener")         // feature: health
-	version := flags.Bool("version", false, "print the version")
-	if err := flags.Parse(args); err != nil {
-		return exitUsage
-	}
-	switch {
-	case *help:
-		usage(stdout)
-		return exitOK
-	case *version:
-		fmt.Fprintln(stdout, "pglistener", buildVersion())
-		return exitOK
-	case *schema: // feature: outbox
-		return printSchema(lookup, stdout, stderr) // feature: outbox
-	case *healthy: // feature: health
-		return askHealth(lookup, stdout) // feature: health
-	case flags.NArg() > 0:
-		fmt.Fprintf(stderr, "pglistener: unexpected argument %q: everything is set by environment variables; see pglistener -h\n", flags.Arg(0))
-		return exitUsage
-	}
-
-	table := allHandlers()
-	cfg, problems := loadConfig(lookup, table)
-	log := cfg.logger(stderr)
-	listener, err := NewListener(cfg, table, newSupervisor(lookup, log), log)
+// run is the program: it does what args say and returns the exit code.
+func run(ctx context.Context, args []string, e cli.Env) int {
+	c, err := cli.Parse(args, commands())
 	if err != nil {
-		problems = append(problems, split(err)...)
+		return e.Fail(err, cli.Usage)
 	}
-	if *check {
-		return runCheck(ctx, cfg, listener, problems, stdout)
+	return c.Run(ctx, e)
+}
+
+func commands() []cli.Command {
+	return append([]cli.Command{
+		{Flags: "", Run: listen},
+		{Flags: "-check", Usage: "try everything once, print one line per check, exit with 0 or 1", Run: check},
+		{Flags: "-V, --version", Usage: "print the version", Run: printVersion},
+		{Flags: "-h, -?, --help", Usage: "print this", Run: printUsage},
+	}, featureCommands()...)
+}
+
+// listen is what the program is for: it listens until ctx ends.
+func listen(ctx context.Context, e cli.Env) int {
+	cfg, channels, log, problems := load(e)
+	for _, p := range problems {
+		e.Fail(p, cli.Usage)
 	}
 	if len(problems) > 0 {
-		for _, p := range problems {
-			fmt.Fprintln(stderr, "pglistener:", p)
+		return cli.Usage
+	}
+	for _, r := range cfg.routes {
+		if w := r.Warning(); w != "" {
+			log.Warn(w)
 		}
-		return exitUsage
 	}
-
-	for _, w := range cfg.warnings() {
-		log.Warn(w)
+	log.Info("starting", "version", version(), "pid", os.Getpid())
+	listener := NewListener(cfg.dsn(), cfg.Listener, channels, log)
+	ends, err := watch(listener, cfg, e.Lookup, log)
+	if err != nil {
+		return e.Fail(err, cli.Failed)
 	}
-	log.Info("starting", "version", buildVersion(), "pid", os.Getpid())
-	if closeHealth, err := startHealth(cfg.HTTPAddr, listener, log); err != nil { // feature: health
-		fmt.Fprintln(stderr, "pglistener:", err) // feature: health
-		return exitFailed                        // feature: health
-	} else { // feature: health
-		defer closeHealth() // feature: health
-	} // feature: health
+	for _, end := range ends {
+		defer end()
+	}
 	abandoned, err := listener.Run(ctx)
 	if err != nil {
-		fmt.Fprintln(stderr, "pglistener:", explain(err))
-		return exitFailed
+		return e.Fail(errors.New(pgconn.Explain(err)), cli.Failed)
 	}
 	if abandoned > 0 {
 		log.Error("stopped", "abandoned", abandoned)
-		return exitFailed
+		return cli.Failed
 	}
 	log.Info("stopped")
-	return exitOK
+	return cli.OK
 }
 
-// allHandlers is the table of handler.go, and the handlers that a team may not want. To do without
-// a feature delete its files and the lines that are marked with its name in this file.
-func allHandlers() map[string]newHandler {
-	table := handlerTable()
-	table["outbox"] = outboxes()                                            // feature: outbox
-	table["http"], table["https"] = newWebhook("http"), newWebhook("https") // feature: webhook
-	return table
+// load reads the configuration and makes the handlers. It returns every problem
+// at once, one error each.
+func load(e cli.Env) (*Config, []Channel, *slog.Logger, []error) {
+	handlers, modes := addHandlers(handlerTable()), modes()
+	cfg, problems := loadConfig(e.Lookup, handlers, modes)
+	log := logs.New(cfg.Log, e.Stderr)
+	channels, wrong := makeChannels(cfg, handlers, modes, log)
+	return cfg, channels, log, append(problems, wrong...)
 }
 
-func usage(w io.Writer) {
-	fmt.Fprint(w, `pglistener listens on PostgreSQL channels and hands each payload to the handler of its channel.
+func printUsage(_ context.Context, e cli.Env) int {
+	fmt.Fprint(e.Stdout, `pglistener listens on PostgreSQL channels and hands each payload to the handler of its channel.
 
-  CHANNELS=orders,jobs=doorbell:exec:./drain DATABASE_URL=postgres://... pglistener
+  CHANNELS=orders,jobs=doorbell:log DATABASE_URL=postgres://... pglistener
 
 Flags:
-  -check    try everything once, print one line per check, exit with 0 or 1
-  -h        print this
-  -healthy  ask the listener at HTTP_ADDR whether it is ready, and exit with 0 or 1
-  -outbox-schema
-            print the SQL that makes OUTBOX_TABLE, for psql or a migration
-  -version  print the version
-
-Variables, with default and meaning:
 `)
-	printVariables(w)
+	cli.Print(e.Stdout, commands())
+	fmt.Fprintf(e.Stdout, "\nCHANNELS has the modes %s and the handlers %s.\n\nVariables, with default and meaning:\n",
+		strings.Join(sortedKeys(modes()), ", "), strings.Join(sortedKeys(addHandlers(handlerTable())), ", "))
+	config.Print(e.Stdout, &Config{})
+	return cli.OK
 }
 
-// buildVersion is the module's version, or the commit it was built from.
-func buildVersion() string {
+func printVersion(_ context.Context, e cli.Env) int {
+	fmt.Fprintln(e.Stdout, "pglistener", version())
+	return cli.OK
+}
+
+// version is the module's version, or the commit it was built from.
+func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"
 	}
-	version := info.Main.Version
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && (version == "" || version == "(devel)") {
-			version = s.Value
-		}
-	}
-	return version + " " + info.GoVersion
-}
-
-// split takes a joined error apart.
-func split(err error) []error {
-	if joined, ok := err.(interface{ Unwrap() []error }); ok {
-		return joined.Unwrap()
-	}
-	return []error{err}
+	return info.Main.Version + " " + info.GoVersion
 }

@@ -9,32 +9,34 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pglistener/pglistener/internal/cli"
 	"github.com/pglistener/pglistener/internal/pgtest"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
 // The tests of the start: what cannot work ends it with one clear line.
 
 func TestHopelessStartsEndAtOnce(t *testing.T) {
 	t.Parallel()
-	a := newAuthority(t)
-	root := a.file()
-	good := tlsServer(t, a, time.Now().Add(time.Hour))
-	expired := tlsServer(t, a, time.Now().Add(-time.Hour))
-	dsn := appDSN(good.Addr(), root)
+	a := testkit.NewAuthority(t)
+	root := a.File()
+	good := testkit.TLSServer(t, a, time.Now().Add(time.Hour))
+	expired := testkit.TLSServer(t, a, time.Now().Add(-time.Hour))
+	dsn := testkit.AppDSN(good.Addr(), root)
 	for name, c := range map[string]struct{ dsn, want string }{
 		"wrong password":      {strings.Replace(dsn, "p%40ss", "hunter2", 1), "password in DATABASE_URL is wrong"},
 		"unknown role":        {strings.Replace(good.DSN(), "postgres@", "nobody@", 1), "pg_hba.conf"},
 		"unknown database":    {strings.Replace(good.DSN(), "/postgres?", "/nowhere?", 1), "database name"},
-		"expired certificate": {appDSN(expired.Addr(), root), "certificate"},
-		"unknown authority":   {appDSN(good.Addr(), newAuthority(t).file()), "certificate"},
+		"expired certificate": {testkit.AppDSN(expired.Addr(), root), "certificate"},
+		"unknown authority":   {testkit.AppDSN(good.Addr(), testkit.NewAuthority(t).File()), "certificate"},
 		"wrong host name":     {strings.Replace(dsn, "localhost", "127.0.0.1", 1), "certificate"},
 		"TLS required":        {strings.Replace(strings.Replace(dsn, "verify-full", "disable", 1), "&sslrootcert="+root, "", 1), "pg_hba.conf"},
-		"no TLS there":        {withParams(ownServerOnce(t), "sslmode", "require"), "sslmode=disable"},
+		"no TLS there":        {testkit.WithParams(ownServerOnce(t), "sslmode", "require"), "sslmode=disable"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			p := runProgram(t, fast(c.dsn, channelName(t)))
-			p.exit(t, exitFailed, patience)
+			p := runProgram(t, fast(c.dsn, testkit.ChannelName(t)))
+			p.exit(t, cli.Failed, testkit.Patience)
 			var plain []string
 			for line := range strings.Lines(p.String()) {
 				if strings.HasPrefix(line, "pglistener: ") {
@@ -54,31 +56,31 @@ func TestHopelessStartsEndAtOnce(t *testing.T) {
 }
 
 // ownServerOnce is the DSN of a server without TLS.
-func ownServerOnce(t *testing.T) string { return ownServer(t).DSN() }
+func ownServerOnce(t *testing.T) string { return testkit.OwnServer(t).DSN() }
 
 func TestRunningListenerOutlivesWhatIsHopelessAtTheStart(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	s := ownServer(t)
-	db := testDB(t, s.DSN())
-	execSQL(t, db, "create role app login")
+	channel := testkit.ChannelName(t)
+	s := testkit.OwnServer(t)
+	db := testkit.Open(t, s.DSN())
+	testkit.Exec(t, db, "create role app login")
 	dsn := strings.Replace(s.DSN(), "postgres@", "app@", 1)
 	r := start(t, fast(dsn, channel+"=test"), nil).listening(t)
-	execSQL(t, db, "alter role app nologin")
-	execSQL(t, db, "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'app'")
-	r.wait(t, "connection attempt failed", 2)
-	execSQL(t, db, "alter role app login")
-	r.wait(t, "reconnected", 1)
-	notifyOn(t, db, channel, "after")
+	testkit.Exec(t, db, "alter role app nologin")
+	testkit.Exec(t, db, "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'app'")
+	r.Wait(t, "connection attempt failed", 2)
+	testkit.Exec(t, db, "alter role app login")
+	r.Wait(t, "reconnected", 1)
+	testkit.SendOn(t, db, channel, "after")
 	r.expect(t, "after")
 }
 
 func TestStartTimeout(t *testing.T) {
 	t.Parallel()
-	dsn, proxy := proxied(t, sharedDSN)
+	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
 	proxy.Mute(true)
-	p := runProgram(t, fast(dsn, channelName(t), vars{"START_TIMEOUT": "1500ms"}))
-	p.exit(t, exitFailed, 1500*time.Millisecond+2*time.Second)
+	p := runProgram(t, fast(dsn, testkit.ChannelName(t), vars{"START_TIMEOUT": "1500ms"}))
+	p.exit(t, cli.Failed, 1500*time.Millisecond+2*time.Second)
 	if !strings.Contains(p.String(), "START_TIMEOUT (1.5s)") || !strings.Contains(p.String(), "i/o timeout") {
 		t.Errorf("it says: %s", p)
 	}
@@ -86,19 +88,19 @@ func TestStartTimeout(t *testing.T) {
 
 func TestStartTimeoutIsOverOnceListening(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	r := start(t, fast(sharedDSN, channel+"=test", vars{"START_TIMEOUT": "1s"}), nil).listening(t)
+	channel := testkit.ChannelName(t)
+	r := start(t, fast(testkit.DSN(t), channel+"=test", vars{"START_TIMEOUT": "1s"}), nil).listening(t)
 	time.Sleep(1200 * time.Millisecond) // that nothing happens is the point
-	notify(t, channel, "after")
+	testkit.Send(t, channel, "after")
 	r.expect(t, "after")
 }
 
-// check runs pglistener -check and returns what it printed; it must end in time.
-func check(t *testing.T, v vars, code int) string {
+// runCheck runs pglistener -check and returns what it printed; it must end in time.
+func runCheck(t *testing.T, v vars, code int) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, program, "-check")
+	cmd := exec.CommandContext(ctx, program(t), "-check")
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 	for name, value := range v {
 		cmd.Env = append(cmd.Env, name+"="+value)
@@ -116,9 +118,10 @@ func check(t *testing.T, v vars, code int) string {
 
 func TestCheck(t *testing.T) {
 	t.Parallel()
-	channel := channelName(t)
-	out := check(t, fast(sharedDSN, channel+"=doorbell:exec:cat -n"), exitOK)
-	for _, want := range []string{"ok    handler    " + channel + ": doorbell exec:cat -n", "ok    connect    PostgreSQL ", "ok    server     a primary",
+	channel := testkit.ChannelName(t)
+	journal := filepath.Join(t.TempDir(), "journal")
+	out := runCheck(t, fast(testkit.DSN(t), channel+"=doorbell:append:"+journal), cli.OK)
+	for _, want := range []string{"ok    handler    " + channel + ": doorbell append:" + journal, "ok    connect    PostgreSQL ", "ok    server     a primary",
 		"ok    listen     " + channel, "ok    probe      there and back in "} {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%s", want, out)
@@ -129,35 +132,26 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-func TestCheckRunsNoHandler(t *testing.T) {
-	t.Parallel()
-	mark := filepath.Join(t.TempDir(), "mark")
-	check(t, fast(sharedDSN, channelName(t)+"=doorbell:exec:touch "+mark), exitOK)
-	if _, err := os.Stat(mark); err == nil {
-		t.Error("the doorbell ran")
-	}
-}
-
 func TestCheckFails(t *testing.T) {
 	t.Parallel()
-	silent, proxy := proxied(t, sharedDSN)
+	silent, proxy := testkit.Proxied(t, testkit.DSN(t))
 	proxy.Mute(true)
-	s := ownServer(t)
-	standby := standbyOf(t, s)
+	s := testkit.OwnServer(t)
+	standby := testkit.StandbyOf(t, s)
 	for name, c := range map[string]struct {
 		vars vars
 		want string
 	}{
-		"program":  {fast(sharedDSN, "a=exec:/does/not/exist"), `FAIL  config     CHANNELS: channel "a": program "/does/not/exist" does not exist`},
+		"program":  {fast(testkit.DSN(t), "a=exec:/does/not/exist"), `FAIL  config     CHANNELS: channel "a": program "/does/not/exist" does not exist`}, // feature: execcmd
 		"silent":   {fast(silent, "a"), "FAIL  connect "},
-		"refused":  {fast(pgtest.DSN(freshAddress(t)), "a"), "check host and port"},
+		"refused":  {fast(pgtest.DSN(testkit.FreshAddress(t)), "a"), "check host and port"},
 		"standby":  {fast(standby.DSN(), "a"), "FAIL  server     a standby"},
-		"pooler":   {fast(bouncer(t, s, "transaction"), "a"), "FAIL  probe      notifications do not arrive"},
+		"pooler":   {fast(testkit.Bouncer(t, s, "transaction"), "a"), "FAIL  probe      notifications do not arrive"},
 		"database": {fast(strings.Replace(s.DSN(), "/postgres?", "/nowhere?", 1), "a"), "check the database name"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			if out := check(t, c.vars, exitFailed); !strings.Contains(out, c.want) {
+			if out := runCheck(t, c.vars, cli.Failed); !strings.Contains(out, c.want) {
 				t.Errorf("no %q in\n%s", c.want, out)
 			}
 		})

@@ -1,89 +1,138 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"time"
+
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgconn"
+	"github.com/pglistener/pglistener/internal/probe"
 )
 
-// status is how things stand with the connection. The loop owns one and
-// publishes copies; whoever is asked for health reads the newest.
-type status struct {
-	beat      time.Time // when the loop last turned
-	connected bool
-	listening bool // connected, and every channel is LISTENed
-	stopping  bool
-	reason    string // why it is not listening, in words; never "" while it is not
+// Status is how things stand with a Listener. The loop publishes copies of its
+// own; whoever asks reads the newest.
+type Status struct {
+	pgconn.State
+	Probe      probe.Status
+	QueueUsage float64 // pg_notification_queue_usage() at the last probe, 0 to 1
+	Stopping   bool
 
+	turnedAt  time.Time // when the loop last turned
 	heldBy    string    // the channel whose full queue has stopped the reading; "" when none has
 	heldSince time.Time // since when it has
 	heldUntil time.Time // when reading was last known to be stopped
-
-	proven     time.Time // when the last probe came back
-	provenHere bool      // one has come back on this connection
-	deaf       string    // the diagnosis, from a lost probe until one comes back
-	sendError  string    // why the last probe could not be sent
-	roundTrip  time.Duration
-	queueUsage float64 // pg_notification_queue_usage(), 0 to 1
-
-	gaps           int
-	gapTotal       time.Duration
-	reconnects     int
-	failedAttempts int
-	probesLost     int
 }
 
 // loopBound is how long the loop may take for one turn before it counts as stuck.
 const loopBound = 10 * time.Second
 
-// alive returns why the loop does not turn, or "".
-func (l *Listener) alive() string {
-	s := l.published.Load()
-	if s == nil {
-		return "not started"
+// publish shows others how things stand. Only the loop calls it.
+func (l *Listener) publish() {
+	s := &l.status
+	s.State, s.Probe, s.turnedAt = l.account.State, l.probe.Status(), time.Now()
+	full := l.fullChannel()
+	if full != "" {
+		if s.heldBy == "" {
+			s.heldSince = s.turnedAt
+		}
+		s.heldUntil = s.turnedAt
 	}
-	if stuck := time.Since(s.beat); stuck > loopBound {
-		return fmt.Sprintf("the loop is stuck since %v", stuck.Round(time.Second))
-	}
-	return ""
+	s.heldBy = full
+	published := *s
+	l.published.Store(&published)
 }
 
-// deafness returns why a notification that is sent now might not be heard, or ""
-// when all is known to be well. It answers from memory, and may be called from any goroutine.
-func (l *Listener) deafness() string {
-	if reason := l.alive(); reason != "" {
-		return reason
+// fullChannel is the channel whose full queue has stopped the reading, or "".
+func (l *Listener) fullChannel() string {
+	if l.held == nil {
+		return ""
 	}
-	return l.judge(*l.published.Load())
+	return l.heldBy.Channel()
 }
 
-// judge is deafness as of s.
-func (l *Listener) judge(s status) string {
-	quiet := time.Since(l.dialer.lastHeard())
+// newest returns the status published last; before the first one it is never ready.
+func (l *Listener) newest() Status {
+	if s := l.published.Load(); s != nil {
+		return *s
+	}
+	return Status{State: pgconn.State{Reason: "not started"}, turnedAt: time.Now()}
+}
+
+// Alive returns why the loop does not turn, or nil. It may be called from any
+// goroutine and does not block.
+func (l *Listener) Alive() error {
+	if stuck := time.Since(l.newest().turnedAt); stuck > loopBound {
+		return fmt.Errorf("the loop has been stuck for %v", stuck.Round(time.Second))
+	}
+	return nil
+}
+
+// Ready returns why a notification that is sent now might not be heard, or nil
+// when all is known to be well. It answers from memory, from any goroutine.
+func (l *Listener) Ready() error {
+	if err := l.Alive(); err != nil {
+		return err
+	}
+	if reason := l.deafness(l.newest()); reason != "" {
+		return errors.New(reason)
+	}
+	return nil
+}
+
+// deafness is why a notification might not be heard as of s, or "".
+func (l *Listener) deafness(s Status) string {
+	set := l.settings
+	quiet := time.Since(l.dialer.LastHeard())
 	// While reading is stopped for a full queue nothing can be heard, but the server
 	// keeps what is sent; and the proofs that are missed meanwhile may still be due.
-	window := l.cfg.ProbeInterval + 2*l.cfg.PingTimeout
+	window := set.ProbeInterval + 2*set.PingTimeout
 	held := s.heldBy != "" || time.Since(s.heldUntil) < window
 	switch {
-	case s.stopping:
+	case s.Stopping:
 		return "shutting down"
-	case !s.connected || !s.listening:
-		return s.reason
-	case s.deaf != "":
-		return s.deaf
-	case quiet > l.cfg.PingInterval+l.cfg.PingTimeout && !held:
+	case !s.Connected || !s.Listening:
+		return s.Reason
+	case s.Probe.Deaf != "":
+		return s.Probe.Deaf
+	case quiet > set.PingInterval+set.PingTimeout && !held:
 		return fmt.Sprintf("nothing heard from the server for %v", quiet.Round(time.Millisecond))
-	case s.heldBy != "" && time.Since(s.heldSince) > max(l.cfg.ProbeInterval, l.cfg.PingInterval)+l.cfg.PingTimeout:
+	case s.heldBy != "" && time.Since(s.heldSince) > max(set.ProbeInterval, set.PingInterval)+set.PingTimeout:
 		// Nothing need be lost; but nothing is heard, nor can it be known whether the connection still lives.
 		return fmt.Sprintf("reading has stopped for %v because the queue of channel %q is full; the server keeps what is sent meanwhile",
 			time.Since(s.heldSince).Round(time.Second), s.heldBy)
-	case l.cfg.ProbeInterval == 0:
+	case set.ProbeInterval == 0:
 		return ""
-	case !s.provenHere && s.sendError != "":
-		return "delivery is not proven: the probe could not be sent: " + s.sendError
-	case !s.provenHere && !held:
+	case !s.Probe.ProvenHere && s.Probe.SendError != "":
+		return "delivery is not proven: the probe could not be sent: " + s.Probe.SendError
+	case !s.Probe.ProvenHere && !held:
 		return "delivery is not proven yet: the first probe is under way"
-	case time.Since(s.proven) > window && !held:
-		return fmt.Sprintf("delivery is not proven since %v: %s", time.Since(s.proven).Round(time.Second), s.sendError)
+	case time.Since(s.Probe.Proven) > window && !held:
+		return fmt.Sprintf("delivery has not been proven for %v: %s", time.Since(s.Probe.Proven).Round(time.Second), s.Probe.SendError)
 	}
 	return ""
+}
+
+// Stats implements notify.Meter: the figures of the listener, and those of each
+// channel with its name as the label channel.
+func (l *Listener) Stats() []notify.Stat {
+	s := l.newest()
+	ready := notify.Stat{Name: "pglistener_ready", Kind: "gauge", Help: "1 while /readyz answers 200."}
+	if l.Ready() == nil {
+		ready.Value = 1
+	}
+	stats := append(s.Stats(), ready, notify.Stat{Name: "pglistener_last_byte_age_seconds", Kind: "gauge",
+		Help: "Time since the last byte came from the server.", Value: time.Since(l.dialer.LastHeard()).Seconds()})
+	stats = append(stats, s.Probe.Stats(s.QueueUsage)...)
+	for _, c := range l.channels {
+		of := l.queues[c.Name].Stats()
+		if m, ok := c.Handler.(notify.Meter); ok {
+			of = append(of, m.Stats()...)
+		}
+		for _, stat := range of {
+			stat.Labels = append([]string{"channel", c.Name}, stat.Labels...)
+			stats = append(stats, stat)
+		}
+	}
+	return stats
 }

@@ -33,8 +33,16 @@ const (
 	User     = "postgres"
 )
 
-// commandTimeout bounds initdb, pg_ctl and pg_basebackup.
+// commandTimeout bounds each run of initdb, pg_ctl and cp.
 const commandTimeout = time.Minute
+
+// binVar is the environment variable that names the directory of the programs to use;
+// versions.sh has directories for it.
+const binVar = "PGTEST_BIN"
+
+// binDir is the variable's value when the process began: tests remove the variables that
+// begin with PG, and the servers they start after that must be of the same version.
+var binDir = os.Getenv(binVar)
 
 // Server is a PostgreSQL server in a directory of its own.
 // Its methods must not be called from two goroutines at once.
@@ -46,10 +54,20 @@ type Server struct {
 	root string // everything of this server; removed by Close
 }
 
-// Bin returns the directory of the server's programs: where PATH says, else the
-// newest version in the places where packages put them. It returns ErrNotFound
-// where there is none.
+// Bin returns the directory of the server's programs: PGTEST_BIN, as the process was
+// started with it; else where PATH says; else the newest version in the places where
+// packages put them. It returns ErrNotFound where there is none, and an error where
+// PGTEST_BIN is set and is not the absolute path of a directory with initdb.
 func Bin() (string, error) {
+	if binDir != "" {
+		if !filepath.IsAbs(binDir) {
+			return "", fmt.Errorf("%s: %q is not an absolute path", binVar, binDir)
+		}
+		if _, err := exec.LookPath(filepath.Join(binDir, "initdb")); err != nil {
+			return "", fmt.Errorf("%s: %w", binVar, err)
+		}
+		return filepath.Clean(binDir), nil
+	}
 	if p, err := exec.LookPath("initdb"); err == nil {
 		// A link in PATH may stand alone; what is needed lies beside its target.
 		if p, err = filepath.EvalSymlinks(p); err == nil {
@@ -88,13 +106,22 @@ func version(path string) int {
 // Start makes a new server and starts it; settings are lines of postgresql.conf.
 // It blocks until the server accepts connections. Call Close when done.
 func Start(settings ...string) (*Server, error) {
-	s, err := newServer()
+	bin, err := Bin()
+	if err != nil {
+		return nil, err
+	}
+	s, err := newServer(bin)
 	if err != nil {
 		return nil, err
 	}
 	err = s.command("initdb", "-D", s.Dir, "-U", User, "-A", "trust", "-E", "UTF8", "--locale=C", "-N")
 	if err == nil {
-		err = s.configure(settings...)
+		err = s.configure(append([]string{
+			"fsync = off",
+			"synchronous_commit = off",
+			"max_connections = 50",
+			"log_min_messages = warning",
+		}, settings...)...)
 	}
 	if err == nil {
 		err = s.Start()
@@ -106,11 +133,8 @@ func Start(settings ...string) (*Server, error) {
 	return s, nil
 }
 
-func newServer() (*Server, error) {
-	bin, err := Bin()
-	if err != nil {
-		return nil, err
-	}
+// newServer makes a server without files, to run with the programs in bin.
+func newServer(bin string) (*Server, error) {
 	root, err := os.MkdirTemp("", "pgtest")
 	if err != nil {
 		return nil, err
@@ -125,17 +149,13 @@ func newServer() (*Server, error) {
 	return s, err
 }
 
+// configure adds where the server listens, and settings, to its configuration.
 func (s *Server) configure(settings ...string) error {
-	lines := append([]string{
+	return s.Append("postgresql.conf", append([]string{
 		"listen_addresses = '127.0.0.1'",
 		fmt.Sprintf("port = %d", s.Port),
 		fmt.Sprintf("unix_socket_directories = '%s'", s.root),
-		"fsync = off",
-		"synchronous_commit = off",
-		"max_connections = 50",
-		"log_min_messages = warning",
-	}, settings...)
-	return s.Append("postgresql.conf", lines...)
+	}, settings...)...)
 }
 
 // Append adds lines to a file of the data directory, such as postgresql.conf.
@@ -176,15 +196,28 @@ func (s *Server) Reload() error {
 	return s.command("pg_ctl", "reload", "-s", "-D", s.Dir)
 }
 
-// Standby makes a hot standby of s by pg_basebackup and starts it.
+// Standby makes a hot standby of s from a copy of its data directory, with the settings
+// of s, and starts it.
+//
+// It stops s while it copies, which cuts every connection to s, and starts it again: call
+// it before anything is connected to s. It blocks until both servers accept connections.
+// The standby then connects to s by itself, and is behind until it has. After an error
+// there is no standby, and s runs again unless the error is that it did not stop or start.
 func (s *Server) Standby() (*Server, error) {
-	b, err := newServer()
+	b, err := newServer(s.bin)
 	if err != nil {
 		return nil, err
 	}
-	err = b.command("pg_basebackup", "-D", b.Dir, "-R", "-c", "fast", "-h", s.root, "-p", strconv.Itoa(s.Port), "-U", User)
+	if err = s.Stop(); err == nil {
+		// By the server's user, who then owns the copy.
+		err = errors.Join(s.run("cp", "-R", "-p", s.Dir, b.Dir), s.Start())
+	}
 	if err == nil {
-		err = b.configure("hot_standby = on")
+		err = b.configure("hot_standby = on",
+			fmt.Sprintf("primary_conninfo = 'host=127.0.0.1 port=%d user=%s sslmode=disable'", s.Port, User))
+	}
+	if err == nil {
+		err = b.WriteFile("standby.signal", os.O_TRUNC, nil)
 	}
 	if err == nil {
 		err = b.Start()
@@ -306,9 +339,14 @@ func FreePort() (int, error) {
 	return l.Addr().(*net.TCPAddr).Port, nil
 }
 
-// command runs a program of the server's, as its user, with a time limit.
+// command runs one of PostgreSQL's programs; see run.
 func (s *Server) command(name string, args ...string) error {
-	cmd := exec.Command(filepath.Join(s.bin, name), args...)
+	return s.run(filepath.Join(s.bin, name), args...)
+}
+
+// run runs a program, as the server's user, with a time limit.
+func (s *Server) run(program string, args ...string) error {
+	cmd := exec.Command(program, args...)
 	cmd.Dir = s.root
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "PGPASSWORD=", "PGHOST=", "PGDATABASE=")
 	// A group of its own: Ctrl-C in a terminal must end the listener, not the server under it.
@@ -328,7 +366,7 @@ func (s *Server) command(name string, args ...string) error {
 	defer kill.Stop()
 	if err := cmd.Wait(); err != nil {
 		text, _ := os.ReadFile(out.Name())
-		return fmt.Errorf("%s: %w: %s%s", name, err, bytes.TrimSpace(text), tail(s.Log()))
+		return fmt.Errorf("%s: %w: %s%s", filepath.Base(program), err, bytes.TrimSpace(text), tail(s.Log()))
 	}
 	return nil
 }

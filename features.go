@@ -1,0 +1,93 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+
+	"github.com/pglistener/pglistener/internal/call"
+	"github.com/pglistener/pglistener/internal/cli"
+	"github.com/pglistener/pglistener/internal/config"
+	"github.com/pglistener/pglistener/internal/execcmd" // feature: execcmd
+	"github.com/pglistener/pglistener/internal/health"  // feature: health
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/outbox" // feature: outbox
+	"github.com/pglistener/pglistener/internal/queue"
+	"github.com/pglistener/pglistener/internal/sdnotify" // feature: sdnotify
+	"github.com/pglistener/pglistener/internal/webhook"  // feature: webhook
+)
+
+// The features are what can be left out, each a folder of internal. This file
+// connects them. make new WITHOUT="..." copies the project without the folders
+// and the lines that name them.
+
+// ChannelSettings are the variables of a channel.
+type ChannelSettings struct {
+	call.Limits
+	Queue   queue.Settings
+	Outbox  outbox.Settings  // feature: outbox
+	Webhook webhook.Settings // feature: webhook
+}
+
+// FeatureSettings are the variables of features of which there is one in a process.
+type FeatureSettings struct {
+	Health health.Settings // feature: health
+}
+
+// addHandlers adds the handlers of the features to the table of handler.go.
+func addHandlers(table map[string]newHandler) map[string]newHandler {
+	table["exec"] = func(arg string, s Setup) (notify.Handler, error) { return execcmd.New(arg, s.Setup) } // feature: execcmd
+	// begin: webhook
+	table["https"] = func(_ string, s Setup) (notify.Handler, error) {
+		return webhook.New(s.Spec, s.Settings.Webhook, s.Settings.Concurrency)
+	}
+	table["http"] = table["https"]
+	// end: webhook
+	return table
+}
+
+// wrap makes of a handler one that works in another mode.
+type wrap func(notify.Handler, Setup) (notify.Handler, error)
+
+// modes are what may stand before a handler in CHANNELS; nil is a mode of the queue.
+func modes() map[string]wrap {
+	all := map[string]wrap{"plain": nil, "doorbell": nil}
+	// begin: outbox
+	pool := new(outbox.Pool) // of all channels
+	all["outbox"] = func(h notify.Handler, s Setup) (notify.Handler, error) {
+		return outbox.New(h, pool, s.DSN, s.Timeout, s.Settings.Outbox, s.Settings.Limits, s.Setup)
+	}
+	// end: outbox
+	return all
+}
+
+// featureCommands are the flags of the features.
+func featureCommands() []cli.Command {
+	return []cli.Command{
+		// begin: outbox
+		{Flags: "-outbox-schema", Usage: "print the SQL that makes OUTBOX_TABLE, for psql or a migration", Run: func(_ context.Context, e cli.Env) int {
+			if err := outbox.PrintSchema(e.Lookup, e.Stdout); err != nil {
+				return e.Fail(err, cli.Usage)
+			}
+			return cli.OK
+		}},
+		// end: outbox
+		// begin: health
+		{Flags: "-healthy", Usage: "ask the listener at HTTP_ADDR whether it is ready, and exit with 0 or 1", Run: func(_ context.Context, e cli.Env) int {
+			if !health.Ask(e.Lookup, "/readyz", e.Stdout) {
+				return cli.Failed
+			}
+			return cli.OK
+		}},
+		// end: health
+	}
+}
+
+// watch connects what watches l while it runs. ends are to be called when it has stopped.
+func watch(l *Listener, cfg *Config, lookup config.Lookuper, log *slog.Logger) (ends []func(), err error) {
+	l.Beat, l.OnBeat = sdnotify.Start(l.Beat, lookup, log) // feature: sdnotify
+	// begin: health
+	end, err := health.Start(cfg.Features.Health, l, version(), log)
+	ends = append(ends, end)
+	// end: health
+	return ends, err
+}

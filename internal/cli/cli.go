@@ -1,0 +1,67 @@
+// Package cli finds out what the command line asks for. Everything else is set by
+// the environment.
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// The exit codes.
+const (
+	OK     = 0 // done; after a requested stop: with nothing left undone
+	Failed = 1 // it failed, or had to abandon notifications
+	Usage  = 2 // a command line or a configuration that cannot work
+)
+
+// Env is what a command works with.
+type Env struct {
+	Lookup         func(name string) (string, bool) // os.LookupEnv, or a map in tests
+	Stdout, Stderr io.Writer
+}
+
+// Fail prints err, in one line, and returns the exit code.
+func (e Env) Fail(err error, code int) int {
+	fmt.Fprintln(e.Stderr, "pglistener:", err)
+	return code
+}
+
+// Command is something that the program can do. Run returns the exit code.
+type Command struct {
+	Flags string // that ask for it, comma-separated; "" is the command without any
+	Usage string // one line
+	Run   func(ctx context.Context, e Env) int
+}
+
+// Parse returns the command that args ask for. No error shows an argument that is
+// no flag, nor the value of one: a connection string may hold a password.
+func Parse(args []string, commands []Command) (Command, error) {
+	name := ""
+	if len(args) > 0 {
+		var hasValue bool
+		name, _, hasValue = strings.Cut(args[0], "=")
+		if !strings.HasPrefix(name, "-") || hasValue || len(args) > 1 {
+			return Command{}, errors.New("unexpected argument: everything is set by environment variables; see pglistener --help")
+		}
+	}
+	for _, c := range commands {
+		for _, flag := range strings.Split(c.Flags, ", ") {
+			if strings.TrimLeft(flag, "-") == strings.TrimLeft(name, "-") {
+				return c, nil
+			}
+		}
+	}
+	return Command{}, fmt.Errorf("unknown flag %q; see pglistener --help", name)
+}
+
+// Print writes the flags and what they do.
+func Print(w io.Writer, commands []Command) {
+	for _, c := range commands {
+		if c.Flags != "" {
+			fmt.Fprintf(w, "  %-15s %s\n", c.Flags, c.Usage)
+		}
+	}
+}

@@ -1,0 +1,71 @@
+// Package execcmd is the handler exec:PROGRAM [ARG...]: it runs a program for
+// each notification.
+package execcmd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/proc"
+)
+
+// handler runs a program for each notification. There is no shell, and the
+// payload goes to stdin only, so no payload can become a command.
+type handler struct {
+	path  string
+	args  []string
+	setup notify.Setup
+}
+
+// New makes the handler of "PROGRAM [ARG...]", split on blanks.
+func New(command string, s notify.Setup) (notify.Handler, error) {
+	words := strings.Fields(command)
+	if len(words) == 0 {
+		return nil, errors.New("exec needs a program: exec:PROGRAM [ARG...]")
+	}
+	path, err := proc.Find(words[0])
+	if err != nil {
+		return nil, err
+	}
+	return &handler{path: path, args: words[1:], setup: s}, nil
+}
+
+// Handle runs the program and returns an error unless it exits with 0. When ctx
+// ends, the whole process group is asked to end with SIGTERM and killed after a
+// grace period; then, and only then, Handle returns. What the program leaves
+// running in its group is killed too, so that two runs never overlap.
+func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
+	cmd := proc.Command(ctx, h.setup.Grace, h.path, h.args...)
+	cmd.Env = append(os.Environ(),
+		"PGLISTENER_CHANNEL="+n.Channel,
+		"PGLISTENER_ID="+n.ID(),
+		"PGLISTENER_PID="+strconv.Itoa(n.PID),
+		"PGLISTENER_ATTEMPT="+strconv.Itoa(n.Attempt),
+	)
+	cmd.Stdin = strings.NewReader(n.Payload) // a program that does not read it is no error to os/exec
+	stdout := &proc.Output{Log: h.setup.Log, Stream: "stdout"}
+	stderr := &proc.Output{Log: h.setup.Log, Stream: "stderr"}
+	defer stdout.Flush()
+	defer stderr.Flush()
+	cmd.Stdout, cmd.Stderr = stdout, stderr
+
+	err := cmd.Run()
+	proc.KillGroup(cmd)
+	switch {
+	case errors.Is(err, exec.ErrWaitDelay):
+		// It exited with 0, but a child of its own kept its output open.
+		h.setup.Log.Warn("program left processes behind; they were killed", "program", h.path)
+		return nil
+	case err != nil && ctx.Err() != nil:
+		return fmt.Errorf("%s: stopped: %w", h.path, context.Cause(ctx))
+	case err != nil:
+		return fmt.Errorf("%s: %w", h.path, err)
+	}
+	return nil
+}

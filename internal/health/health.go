@@ -1,0 +1,134 @@
+// Package health answers /livez, /readyz and /metrics, all from memory.
+package health
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/pglistener/pglistener/internal/notify"
+)
+
+// Settings are the variables of health.
+type Settings struct {
+	Addr string `env:"HTTP_ADDR" usage:"address for /livez, /readyz and /metrics, such as :8080; if empty, nothing listens"`
+}
+
+// Source is what is asked. Its methods may be called from any goroutine and do not block.
+type Source interface {
+	Alive() error // why the loop does not turn, or nil
+	Ready() error // why a notification that is sent now might not be heard, or nil
+	notify.Meter
+}
+
+// Server serves until Close.
+type Server struct {
+	server *http.Server
+	ln     net.Listener
+	served chan struct{}
+}
+
+// Start serves the address of the settings until end is called, or does nothing if there is none.
+func Start(s Settings, source Source, version string, log *slog.Logger) (end func(), err error) {
+	if s.Addr == "" {
+		return func() {}, nil
+	}
+	server, err := Serve(s.Addr, source, version, log)
+	if err != nil {
+		return nil, err
+	}
+	return server.Close, nil
+}
+
+// Serve listens on addr and serves on a goroutine of its own. version is shown as
+// a metric's label.
+func Serve(addr string, source Source, version string, log *slog.Logger) (*Server, error) {
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("HTTP_ADDR: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /livez", answer(source.Alive)) // GET includes HEAD
+	mux.HandleFunc("GET /readyz", answer(source.Ready))
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+		_, _ = w.Write(Exposition(append(source.Stats(), notify.Stat{
+			Name: "pglistener_build_info", Kind: "gauge", Help: "1, with the version as a label.", Labels: []string{"version", version}, Value: 1,
+		})))
+	})
+	s := &Server{
+		// No question needs more; a slow or silent client holds little, for a short while.
+		server: &http.Server{
+			Handler:           mux,
+			ReadHeaderTimeout: 5 * time.Second,
+			ReadTimeout:       5 * time.Second,
+			WriteTimeout:      10 * time.Second,
+			IdleTimeout:       time.Minute,
+			MaxHeaderBytes:    8 << 10,
+			ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		},
+		ln:     ln,
+		served: make(chan struct{}),
+	}
+	go func() {
+		defer close(s.served)
+		_ = s.server.Serve(ln) // ends with ErrServerClosed, and with nothing else that can be helped
+	}()
+	log.Info("serving health", "addr", s.Addr())
+	return s, nil
+}
+
+// Addr is the address that is served, with the port that was chosen for port 0.
+func (s *Server) Addr() string { return s.ln.Addr().String() }
+
+// Close stops serving and waits for the answers under way, for a second at most.
+func (s *Server) Close() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if s.server.Shutdown(ctx) != nil {
+		s.server.Close()
+	}
+	<-s.served
+}
+
+// Ask asks the listener that serves HTTP_ADDR for a path, for a container's health
+// check, where there is no curl. It prints the answer, and returns whether it
+// was 200. It blocks for three seconds at most.
+func Ask(lookup func(string) (string, bool), path string, stdout io.Writer) (ok bool) {
+	addr, _ := lookup("HTTP_ADDR")
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil || port == "" {
+		fmt.Fprintln(stdout, "HTTP_ADDR is not set: the listener cannot be asked")
+		return false
+	}
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		host = "localhost"
+	}
+	client := http.Client{Timeout: 3 * time.Second}
+	res, err := client.Get("http://" + net.JoinHostPort(host, port) + path)
+	if err != nil {
+		fmt.Fprintln(stdout, "no answer:", err)
+		return false
+	}
+	defer res.Body.Close()
+	_, _ = io.CopyN(stdout, res.Body, 4<<10) // ends with an EOF that is no error here
+	return res.StatusCode == http.StatusOK
+}
+
+// answer makes 200 of nil and 503 of an error.
+func answer(ask func() error) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		w.Header().Set("Cache-Control", "no-store")
+		text := "ok"
+		if err := ask(); err != nil {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			text = err.Error()
+		}
+		_, _ = io.WriteString(w, text+"\n")
+	}
+}

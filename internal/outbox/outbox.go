@@ -1,0 +1,186 @@
+// Package outbox is the mode outbox: a notification on the channel is only a
+// hint; the work is the rows of a table, and every row is handled at least once,
+// whatever is killed (DESIGN section 6).
+package outbox
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/pglistener/pglistener/internal/call"
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/retry"
+)
+
+// Settings are the variables of an outbox channel.
+type Settings struct {
+	Table    string `env:"OUTBOX_TABLE,default=outbox" usage:"table of the outbox channels, NAME or SCHEMA.NAME"`
+	Attempts int    `env:"OUTBOX_ATTEMPTS,default=20" usage:"attempts before a row of the outbox is kept as failed"`
+}
+
+// Outbox drains the rows of one channel. It is a notify.Handler of which Handle
+// and CatchUp only wake it; Run does the work.
+type Outbox struct {
+	channel  string
+	handler  notify.Handler
+	log      *slog.Logger
+	store    store
+	pool     *Pool
+	workers  int           // CONCURRENCY
+	timeout  time.Duration // HANDLER_TIMEOUT
+	margin   time.Duration // how long a claimed row may wait before it is begun
+	attempts int           // OUTBOX_ATTEMPTS
+	retry    retry.Backoff
+
+	wake chan struct{} // capacity 1: there may be something due
+
+	mu       sync.Mutex
+	buffer   []job         // claimed, not begun; in order
+	ready    *sync.Cond    // of mu: the buffer has grown, or the end has come
+	stopping bool          // begin nothing more
+	running  int           // handlers
+	low      int           // when the buffer is down to this, more is claimed
+	results  []result      // not yet written
+	stale    []job         // claimed and not begun for too long: to be given back
+	written  chan struct{} // capacity 1: there are results
+	taken    chan struct{} // capacity 1: the buffer has shrunk
+	handling time.Duration // how long a handler takes, as a moving average
+	size     int           // of a payload, likewise
+	counts   counts
+}
+
+// job is a claimed row.
+type job struct {
+	id       int64
+	payload  string
+	attempts int
+	runAt    string    // before it was claimed, as the server writes it
+	order    float64   // the same, in seconds
+	claimed  time.Time // by our own clock, which never runs further than the lease
+}
+
+// result is what became of a job.
+type result struct {
+	job
+	err error // nil: done
+}
+
+// counts are for the metrics.
+type counts struct {
+	done, retried, failed, leaseLost, givenBack int
+
+	waiting, delayed, dead int // rows, when they were counted last
+	oldest                 time.Duration
+	counted                time.Time
+}
+
+// prefetch bounds what is claimed ahead.
+const (
+	prefetchTime  = 50 * time.Millisecond // of work, so that a row hardly waits where another replica could take it
+	prefetchRows  = 2000
+	prefetchBytes = 16 << 20
+	countInterval = 15 * time.Second
+)
+
+// New makes an Outbox that gives the rows of its channel to h, through the
+// connections of pool to the database dsn, of which every answer is due within
+// timeout. Call Run once; it releases the pool.
+func New(h notify.Handler, pool *Pool, dsn string, timeout time.Duration, s Settings, l call.Limits, setup notify.Setup) (*Outbox, error) {
+	t, err := parseTable(s.Table)
+	if err != nil {
+		return nil, fmt.Errorf("OUTBOX_TABLE: %w", err)
+	}
+	db, err := pool.acquire(dsn, timeout)
+	if err != nil {
+		return nil, err
+	}
+	o := &Outbox{
+		channel:  setup.Channel,
+		handler:  h,
+		log:      setup.Log,
+		pool:     pool,
+		workers:  l.Concurrency,
+		timeout:  l.Timeout,
+		margin:   10 * time.Second,
+		attempts: s.Attempts,
+		retry:    retry.Backoff{Min: 2 * time.Second, Max: time.Hour},
+		wake:     make(chan struct{}, 1),
+		written:  make(chan struct{}, 1),
+		taken:    make(chan struct{}, 1),
+	}
+	o.ready = sync.NewCond(&o.mu)
+	// The lease outlives the wait for a slot, the handler, its end after the time
+	// limit, and the writing of the result.
+	lease := o.margin + call.Longest(l.Timeout) + setup.Grace + o.margin
+	o.store = store{db: db, table: t, channel: setup.Channel, lease: lease}
+	return o, nil
+}
+
+// Handle wakes the drain: rows were inserted.
+func (o *Outbox) Handle(context.Context, notify.Notification) error {
+	o.poke()
+	return nil
+}
+
+// CatchUp wakes the drain: rows may have been inserted.
+func (o *Outbox) CatchUp(context.Context) error {
+	o.poke()
+	return nil
+}
+
+func (o *Outbox) poke() { nudge(o.wake) }
+
+// nudge leaves a token in a channel of capacity 1.
+func nudge(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// Run implements Runner.
+func (o *Outbox) Run(stop, quit context.Context) {
+	defer o.pool.release()
+	var workers, writer sync.WaitGroup
+	for range o.workers {
+		workers.Go(func() { o.work(quit) })
+	}
+	written := make(chan struct{})
+	writer.Go(func() { o.write(quit, written) })
+
+	o.claim(stop)
+
+	o.mu.Lock()
+	o.stopping = true
+	unbegun := o.buffer
+	o.buffer = nil
+	o.ready.Broadcast()
+	o.mu.Unlock()
+	// What was not begun goes back at once, for another replica to take.
+	o.giveBack(unbegun)
+	finished := make(chan struct{})
+	go func() {
+		workers.Wait()
+		close(finished)
+	}()
+	select {
+	case <-finished:
+	case <-quit.Done():
+		// Handlers that obey their context are done in a moment, and their rows can still be
+		// written as failed; the others' rows are due again when their lease ends.
+		select {
+		case <-finished:
+		case <-time.After(2 * time.Second):
+		}
+	}
+	close(written)
+	writer.Wait()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.running > 0 {
+		o.log.Error("handler still runs at the end; it does not obey its context. Its row comes due again", "running", o.running)
+	}
+}

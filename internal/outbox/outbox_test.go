@@ -1,0 +1,481 @@
+//go:build unix
+
+package outbox
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/lib/pq"
+
+	"github.com/pglistener/pglistener/internal/call"
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
+	"github.com/pglistener/pglistener/internal/retry"
+)
+
+func TestMain(m *testing.M) { os.Exit(testkit.Main(m)) }
+
+// running is an Outbox that runs, woken by NOTIFY as the listener wakes it.
+type running struct {
+	*Outbox
+	*testkit.Logs
+	begin func() // begins to stop
+	stop  func() // stops, and waits for the end
+}
+
+// config is what a test may want to set.
+type config struct {
+	dsn, table, channel   string
+	concurrency, attempts int
+	timeout               time.Duration
+	tweak                 func(*Outbox)
+}
+
+// run runs an Outbox until the test ends.
+func run(t *testing.T, c config, h notify.Handler) *running {
+	t.Helper()
+	if c.dsn == "" {
+		c.dsn = testkit.DSN(t)
+	}
+	if c.channel == "" {
+		c.channel = testkit.ChannelName(t)
+	}
+	if c.timeout == 0 {
+		c.timeout = 30 * time.Second
+	}
+	r := &running{Logs: testkit.NewLogs(t)}
+	var err error
+	r.Outbox, err = New(h, new(Pool), c.dsn, 5*time.Second, Settings{Table: c.table, Attempts: max(c.attempts, 1)},
+		call.Limits{Concurrency: max(c.concurrency, 1), Timeout: c.timeout},
+		notify.Setup{Channel: c.channel, Log: r.Logger(), Grace: time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.retry = retry.Backoff{Min: 20 * time.Millisecond, Max: 50 * time.Millisecond}
+	if c.tweak != nil {
+		c.tweak(r.Outbox)
+	}
+	l := pq.NewListener(c.dsn, 10*time.Millisecond, time.Second, nil)
+	if err := l.Listen(c.channel); err != nil {
+		t.Fatal(err)
+	}
+	stop, begin := context.WithCancel(context.Background())
+	quit, cut := context.WithCancel(context.Background())
+	var woken, ended sync.WaitGroup
+	woken.Go(func() {
+		for range l.Notify {
+			_ = r.Handle(quit, notify.Notification{})
+		}
+	})
+	ended.Go(func() { r.Run(stop, quit) })
+	r.begin = begin
+	r.stop = func() {
+		begin()
+		ended.Wait()
+		cut()
+		l.Close()
+		woken.Wait()
+	}
+	t.Cleanup(func() {
+		time.AfterFunc(testkit.Patience, cut)
+		r.stop()
+	})
+	return r
+}
+
+// outboxTable makes a table of this test's own and returns its name.
+func outboxTable(t *testing.T, db *sql.DB) string {
+	t.Helper()
+	name := testkit.ChannelName(t)
+	if len(name) > 50 {
+		name = name[:50]
+	}
+	makeOutbox(t, db, name)
+	dropLater(t, db, name)
+	return name
+}
+
+// dropLater drops a table when the test ends, for a test may run several times.
+func dropLater(t *testing.T, db *sql.DB, name string) {
+	t.Cleanup(func() { _, _ = db.Exec(`drop table if exists "` + name + `"`) })
+}
+
+func makeOutbox(t *testing.T, db *sql.DB, name string) {
+	t.Helper()
+	sql, err := Schema(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	testkit.Exec(t, db, sql)
+}
+
+// emptied waits until the outbox is.
+func emptied(t *testing.T, db *sql.DB, table string) {
+	t.Helper()
+	testkit.Eventually(t, "the outbox is not emptied", func() bool { return rowCount(t, db, table) == 0 })
+}
+
+func rowCount(t *testing.T, db *sql.DB, table string) int {
+	t.Helper()
+	var n int
+	if err := db.QueryRowContext(t.Context(), `select count(*) from "`+table+`"`).Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func insert(t *testing.T, db *sql.DB, table, channel, payload string) (id int64) {
+	t.Helper()
+	err := db.QueryRowContext(t.Context(), `insert into "`+table+`" (channel, payload) values ($1, $2) returning id`, channel, payload).Scan(&id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+// seen is a handler that records what it is given.
+type seen struct {
+	mu   sync.Mutex
+	list []notify.Notification
+}
+
+func (s *seen) Handle(_ context.Context, n notify.Notification) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.list = append(s.list, n)
+	return nil
+}
+
+func (s *seen) payloads() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []string
+	for _, n := range s.list {
+		out = append(out, n.Payload)
+	}
+	return out
+}
+
+func TestHandlesRowsInOrder(t *testing.T) {
+	t.Parallel()
+	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
+	var want []string
+	for i := range 300 {
+		insert(t, testkit.DB(t), tab, channel, strconv.Itoa(i)) // before anybody listens
+		want = append(want, strconv.Itoa(i))
+	}
+	insert(t, testkit.DB(t), tab, "another channel", "not ours")
+	run(t, config{table: tab}, s)
+	testkit.Eventually(t, "what was there at the start is not handled", func() bool { return len(s.payloads()) == 300 })
+	for i := range 300 {
+		insert(t, testkit.DB(t), tab, channel, strconv.Itoa(i)) // now by notification
+		want = append(want, strconv.Itoa(i))
+	}
+	testkit.Eventually(t, "not all were handled", func() bool { return len(s.payloads()) == 600 })
+	if !slices.Equal(s.payloads(), want) {
+		t.Error("not in order")
+	}
+	testkit.Eventually(t, "rows are left", func() bool { return rowCount(t, testkit.DB(t), tab) == 1 })
+}
+
+func TestReplicasShareRows(t *testing.T) {
+	t.Parallel()
+	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
+	byWhom := [2]atomic.Int64{}
+	for i := range 2 {
+		run(t, config{table: tab, concurrency: 4}, notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
+			byWhom[i].Add(1)
+			time.Sleep(100 * time.Microsecond) // work
+			return s.Handle(ctx, n)
+		}))
+	}
+	const total = 2000
+	for i := range 20 {
+		testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, payload) select $1, ($2 + i)::text from generate_series(1, 100) i`, channel, i*100)
+	}
+	emptied(t, testkit.DB(t), tab)
+	got := s.payloads()
+	slices.Sort(got)
+	if n := len(slices.Compact(slices.Clone(got))); n != total || len(got) != total {
+		t.Errorf("%d handled, %d different, of %d", len(got), n, total)
+	}
+	if byWhom[0].Load() == 0 || byWhom[1].Load() == 0 {
+		t.Errorf("one did it all: %d, %d", byWhom[0].Load(), byWhom[1].Load())
+	}
+}
+
+func TestFencesLostLease(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	gate, began := make(chan struct{}), make(chan struct{}, 10)
+	r := run(t, config{table: tab}, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+		began <- struct{}{}
+		<-gate
+		return nil
+	}))
+	id := insert(t, testkit.DB(t), tab, channel, "x")
+	<-began
+	// The lease ends and another replica takes the row.
+	testkit.Exec(t, testkit.DB(t), `update "`+tab+`" set attempts = attempts + 1, run_at = now() + interval '1 hour', last_error = 'mine now' where id = $1`, id)
+	close(gate)
+	r.Wait(t, "lease lost", 1)
+	var attempts int
+	var text string
+	if err := testkit.DB(t).QueryRow(`select attempts, last_error from "`+tab+`" where id = $1`, id).Scan(&attempts, &text); err != nil {
+		t.Fatalf("the row was taken from its new owner: %v", err)
+	}
+	if attempts != 2 || text != "mine now" {
+		t.Errorf("the row was changed: %d attempts, %q", attempts, text)
+	}
+}
+
+func TestScheduledRows(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	type ran struct {
+		payload string
+		at      time.Time
+	}
+	runs := make(chan ran, 10)
+	run(t, config{table: tab}, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+		runs <- ran{n.Payload, time.Now()}
+		return nil
+	}))
+	due := func(payload string, after time.Duration) time.Time {
+		t.Helper()
+		var at time.Time
+		err := testkit.DB(t).QueryRow(`insert into "`+tab+`" (channel, payload, run_at) values ($1, $2, clock_timestamp() + $3 * interval '1 second') returning run_at`,
+			channel, payload, after.Seconds()).Scan(&at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return at
+	}
+	// The second is due before the one that is slept for.
+	late, soon := due("late", 2*time.Second), due("soon", time.Second)
+	for _, want := range []struct {
+		payload string
+		at      time.Time
+	}{{"soon", soon}, {"late", late}} {
+		select {
+		case r := <-runs:
+			if r.payload != want.payload || r.at.Before(want.at) || r.at.After(want.at.Add(time.Second)) {
+				t.Errorf("%s ran %v after it was due, want %s", r.payload, r.at.Sub(want.at), want.payload)
+			}
+		case <-time.After(testkit.Patience):
+			t.Fatalf("%s never ran", want.payload)
+		}
+	}
+}
+
+func TestPoisonRowHoldsUpNobody(t *testing.T) {
+	t.Parallel()
+	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
+	r := run(t, config{table: tab, attempts: 3}, notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
+		switch n.Payload {
+		case "poison":
+			return errors.New("cannot digest")
+		case "hopeless":
+			return notify.Permanent(errors.New("never"))
+		}
+		return s.Handle(ctx, n)
+	}))
+	insert(t, testkit.DB(t), tab, channel, "poison")
+	insert(t, testkit.DB(t), tab, channel, "hopeless")
+	for i := range 50 {
+		insert(t, testkit.DB(t), tab, channel, strconv.Itoa(i))
+	}
+	testkit.Eventually(t, "the others were held up", func() bool { return len(s.payloads()) == 50 })
+	r.Wait(t, "gave up; the row stays", 2)
+	for payload, want := range map[string]string{"poison": "3 cannot digest", "hopeless": "1 never"} {
+		var got string
+		err := testkit.DB(t).QueryRow(`select attempts || ' ' || last_error from "`+tab+`" where payload = $1 and failed_at is not null`, payload).Scan(&got)
+		if err != nil || got != want {
+			t.Errorf("%s: %q, %v, want %q", payload, got, err, want)
+		}
+	}
+	// As README tells a team to put it back.
+	testkit.Exec(t, testkit.DB(t), `update "`+tab+`" set failed_at = null, attempts = 0, run_at = now(), payload = 'cured' where failed_at is not null and payload = 'poison'`)
+	testkit.Send(t, channel, "")
+	testkit.Eventually(t, "what was put back is not handled", func() bool { return slices.Contains(s.payloads(), "cured") })
+}
+
+func TestSlowJobHoldsOnlyItsSlot(t *testing.T) {
+	t.Parallel()
+	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
+	gate := make(chan struct{})
+	defer close(gate)
+	run(t, config{table: tab, concurrency: 3}, notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
+		if n.Payload == "slow" {
+			select {
+			case <-gate:
+			case <-ctx.Done():
+			}
+		}
+		return s.Handle(ctx, n)
+	}))
+	insert(t, testkit.DB(t), tab, channel, "slow")
+	insert(t, testkit.DB(t), tab, channel, "slow")
+	for i := range 500 {
+		insert(t, testkit.DB(t), tab, channel, strconv.Itoa(i))
+	}
+	testkit.Eventually(t, "the quick jobs wait for the slow ones", func() bool { return len(s.payloads()) == 500 })
+}
+
+// stuckAfter is a handler of which the calls after the first n wait for a gate.
+func stuckAfter(n int64, gate <-chan struct{}, h notify.Handler) notify.Handler {
+	var handled atomic.Int64
+	return notify.HandlerFunc(func(ctx context.Context, n2 notify.Notification) error {
+		if handled.Add(1) > n { // the first are quick, so that many more are claimed ahead
+			select {
+			case <-gate:
+			case <-ctx.Done():
+			}
+		}
+		return h.Handle(ctx, n2)
+	})
+}
+
+// claimedAhead waits until a job is stuck in front of rows that were claimed ahead.
+func (r *running) claimedAhead(t *testing.T) (ahead int) {
+	t.Helper()
+	testkit.Eventually(t, "nothing is claimed ahead of a stuck job", func() bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		ahead = len(r.buffer)
+		return r.running == 1 && r.counts.done == 20 && ahead > 10
+	})
+	return ahead
+}
+
+// What was claimed and not begun at the stop is another replica's at once, and
+// has not spent an attempt.
+func TestGivesBackAtShutdown(t *testing.T) {
+	t.Parallel()
+	channel, tab, s, other := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}, &seen{}
+	gate := make(chan struct{})
+	const total = 2000
+	testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, payload) select $1, i::text from generate_series(1, $2) i`, channel, total)
+	r := run(t, config{table: tab}, stuckAfter(20, gate, s))
+	r.claimedAhead(t)
+	r.begin()
+	testkit.Eventually(t, "it does not stop", func() bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return r.stopping
+	})
+	run(t, config{table: tab}, other) // while the stuck job still runs
+	testkit.Eventually(t, "what was claimed ahead was not given back", func() bool { return len(other.payloads()) == total-21 })
+	close(gate)
+	r.stop()
+	emptied(t, testkit.DB(t), tab)
+	all := append(s.payloads(), other.payloads()...)
+	slices.Sort(all)
+	if len(all) != total || len(slices.Compact(all)) != total {
+		t.Errorf("%d handled of %d", len(all), total)
+	}
+	for _, n := range other.list {
+		if n.Attempt != 1 {
+			t.Fatalf("what was given back is at attempt %d, want 1", n.Attempt)
+		}
+	}
+}
+
+// A job that turns slow must not keep from other replicas what was claimed ahead of it.
+func TestGivesBackWhatWaitsTooLong(t *testing.T) {
+	t.Parallel()
+	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
+	gate := make(chan struct{})
+	const total = 500
+	testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, payload) select $1, i::text from generate_series(1, $2) i`, channel, total)
+	testkit.Exec(t, testkit.DB(t), `update "`+tab+`" set run_at = '-infinity' where payload = '1'`) // the first of all
+	r := run(t, config{table: tab, tweak: func(o *Outbox) { o.margin = time.Second }}, stuckAfter(20, gate, s))
+	defer close(gate)
+	r.claimedAhead(t)
+	run(t, config{table: tab}, s)
+	testkit.Eventually(t, "the other replica does not get it", func() bool { return len(s.payloads()) == total-1 })
+	if got := s.payloads()[0]; got != "1" {
+		t.Errorf("the row that was due since ever came after %s", got)
+	}
+}
+
+func TestSurvivesLossOfItsTable(t *testing.T) {
+	t.Parallel()
+	channel, s := testkit.ChannelName(t), &seen{}
+	tab := testkit.ChannelName(t)
+	dropLater(t, testkit.DB(t), tab)
+	r := run(t, config{table: tab}, s)
+	line := r.Wait(t, "outbox cannot be read", 1) // not made yet
+	if want := "OUTBOX_TABLE=" + tab + " pglistener -outbox-schema | psql"; !strings.Contains(line["hint"].(string), want) {
+		t.Errorf("no %q in %v", want, line)
+	}
+	makeOutbox(t, testkit.DB(t), tab)
+	insert(t, testkit.DB(t), tab, channel, "one")
+	emptied(t, testkit.DB(t), tab)
+	testkit.Exec(t, testkit.DB(t), `drop table "`+tab+`"`)
+	testkit.Send(t, channel, "")
+	r.Wait(t, "outbox cannot be read", 2)
+	makeOutbox(t, testkit.DB(t), tab)
+	insert(t, testkit.DB(t), tab, channel, "two")
+	emptied(t, testkit.DB(t), tab)
+	if got := s.payloads(); !slices.Equal(got, []string{"one", "two"}) {
+		t.Errorf("handled %v", got)
+	}
+}
+
+func TestSchemaWithOddNames(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("ä", 31) // 62 bytes
+	for i, name := range []string{`odd "x`, `"Odd Schema"."tab.le"`, `"Odd Schema".` + long, "a.b.c", ".", `a."`, strings.Repeat("x", 64)} {
+		sql, err := Schema(name)
+		if valid := i == 1 || i == 2; (err == nil) != valid {
+			t.Errorf("%s: %v", name, err)
+		} else if !valid {
+			continue
+		}
+		testkit.Exec(t, testkit.DB(t), `create schema if not exists "Odd Schema"`)
+		testkit.Exec(t, testkit.DB(t), sql)
+		testkit.Exec(t, testkit.DB(t), sql) // again
+		channel, s := testkit.ChannelName(t)+strconv.Itoa(i), &seen{}
+		r := run(t, config{table: name, channel: channel}, s)
+		testkit.Exec(t, testkit.DB(t), r.store.table.sql("insert into {table} (channel, payload) values ($1, 'x')"), channel)
+		testkit.Eventually(t, "not handled", func() bool { return len(s.payloads()) == 1 })
+	}
+}
+
+func TestUsesTwoConnections(t *testing.T) {
+	t.Parallel()
+	tab, channel := outboxTable(t, testkit.DB(t)), testkit.ChannelName(t)
+	run(t, config{dsn: testkit.WithParams(testkit.DSN(t), "application_name", channel), table: tab, concurrency: 50},
+		notify.HandlerFunc(func(context.Context, notify.Notification) error { return nil }))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range 10 {
+			_, _ = testkit.DB(t).Exec(`insert into "`+tab+`" (channel) select $1 from generate_series(1, 2000)`, channel)
+		}
+	}()
+	most := 0
+	for running := true; running; {
+		select {
+		case <-done:
+			running = false
+		default:
+			most = max(most, len(testkit.Backends(t, testkit.DB(t), channel)))
+		}
+	}
+	emptied(t, testkit.DB(t), tab)
+	if most < 2 || most > 3 { // one of them listens
+		t.Errorf("%d connections", most)
+	}
+}

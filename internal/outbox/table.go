@@ -1,0 +1,108 @@
+package outbox
+
+import (
+	"cmp"
+	_ "embed"
+	"fmt"
+	"io"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
+
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgconn"
+)
+
+// table is the name of the outbox's table and of what belongs to it.
+type table struct {
+	name     string // as in OUTBOX_TABLE
+	replacer *strings.Replacer
+}
+
+// parseTable reads OUTBOX_TABLE: NAME or SCHEMA.NAME. A part that contains a dot is
+// written in double quotes; upper and lower case are kept.
+func parseTable(s string) (table, error) {
+	var parts []string
+	for rest := s; ; {
+		var part string
+		if strings.HasPrefix(rest, `"`) {
+			end := strings.Index(rest[1:], `"`)
+			if end < 0 {
+				return table{}, fmt.Errorf("%q has an open quote", s)
+			}
+			part, rest = rest[1:1+end], rest[end+2:]
+		} else {
+			end := strings.IndexByte(rest, '.')
+			if end < 0 {
+				end = len(rest)
+			}
+			part, rest = rest[:end], rest[end:]
+		}
+		if part == "" || len(part) > pgconn.MaxIdentifier || !utf8.ValidString(part) || strings.ContainsAny(part, "\x00\"") {
+			return table{}, fmt.Errorf("%q is not a table name: NAME or SCHEMA.NAME, of 1 to %d bytes each", s, pgconn.MaxIdentifier)
+		}
+		parts = append(parts, part)
+		if rest == "" {
+			break
+		}
+		if !strings.HasPrefix(rest, ".") || len(parts) == 2 {
+			return table{}, fmt.Errorf("%q is not a table name: NAME or SCHEMA.NAME", s)
+		}
+		rest = rest[1:]
+	}
+	name := parts[len(parts)-1]
+	schema := ""
+	if len(parts) == 2 {
+		schema = pq.QuoteIdentifier(parts[0]) + "."
+	}
+	// PostgreSQL would cut a name that is too long, perhaps to one that is taken.
+	with := func(suffix string) string {
+		return pq.QuoteIdentifier(notify.Cut(name, pgconn.MaxIdentifier-len(suffix)) + suffix)
+	}
+	return table{name: s, replacer: strings.NewReplacer(
+		"{table}", schema+pq.QuoteIdentifier(name),
+		"{due}", with("_due"),
+		"{failed}", with("_failed"),
+		"{notify}", schema+with("_notify"),
+		"{trigger}", with("_notify"),
+	)}, nil
+}
+
+// sql puts the names into a statement.
+func (t table) sql(query string) string { return t.replacer.Replace(query) }
+
+//go:embed schema.sql
+var schemaSQL string
+
+// Schema returns the SQL that makes a table, given as in OUTBOX_TABLE; "" is outbox.
+func Schema(name string) (string, error) {
+	t, err := parseTable(cmp.Or(name, "outbox"))
+	if err != nil {
+		return "", fmt.Errorf("OUTBOX_TABLE: %w", err)
+	}
+	return t.sql(schemaSQL), nil
+}
+
+// PrintSchema prints the SQL that makes the table of the environment. It needs no
+// variable but OUTBOX_TABLE.
+func PrintSchema(lookup func(string) (string, bool), stdout io.Writer) error {
+	name, _ := lookup("OUTBOX_TABLE")
+	sql, err := Schema(name)
+	if err == nil {
+		_, err = io.WriteString(stdout, sql)
+	}
+	return err
+}
+
+// hint says how to mend what the server objects to.
+func (t table) hint(err error) string {
+	switch {
+	case pq.As(err, pqerror.UndefinedTable, pqerror.UndefinedColumn, pqerror.InvalidSchemaName) != nil:
+		return `make it: OUTBOX_TABLE=` + t.name + ` pglistener -outbox-schema | psql "$DATABASE_URL"`
+	case pq.As(err, pqerror.InsufficientPrivilege) != nil:
+		return t.sql("as its owner: grant select, update, delete on {table} to the user in DATABASE_URL")
+	}
+	return pgconn.Advice(err)
+}

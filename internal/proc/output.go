@@ -1,0 +1,53 @@
+package proc
+
+import (
+	"bytes"
+	"log/slog"
+)
+
+// MaxLine is where a line of a program's output is cut, in bytes: more would be held in memory.
+const MaxLine = 8 << 10
+
+// Output logs what is written to it, line by line. One goroutine at a time
+// writes; Flush comes last.
+type Output struct {
+	Log    *slog.Logger
+	Stream string // "stdout" or "stderr"
+
+	line []byte
+	cut  bool // the line was longer than MaxLine; the rest is skipped
+}
+
+// Write implements io.Writer. It never fails.
+func (o *Output) Write(p []byte) (int, error) {
+	written := len(p)
+	for len(p) > 0 {
+		part, rest, complete := bytes.Cut(p, []byte("\n"))
+		room := MaxLine - len(o.line)
+		if len(part) > room {
+			part, o.cut = part[:room], true
+		}
+		o.line = append(o.line, part...)
+		if complete {
+			o.end()
+		}
+		p = rest
+	}
+	return written, nil
+}
+
+// Flush logs a last line that has no newline.
+func (o *Output) Flush() {
+	if len(o.line) > 0 {
+		o.end()
+	}
+}
+
+func (o *Output) end() {
+	attrs := []any{"stream", o.Stream, "line", string(bytes.TrimSuffix(o.line, []byte("\r")))}
+	if o.cut {
+		attrs = append(attrs, "cut_at", MaxLine)
+	}
+	o.Log.Info("output", attrs...)
+	o.line, o.cut = o.line[:0], false
+}

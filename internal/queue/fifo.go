@@ -1,0 +1,37 @@
+package queue
+
+import "github.com/pglistener/pglistener/internal/notify"
+
+// fifo is a ring that grows as needed; its owner sets the bound.
+type fifo struct {
+	ring []notify.Notification
+	head int
+	n    int
+}
+
+func (q *fifo) len() int { return q.n }
+
+func (q *fifo) push(n notify.Notification) {
+	if q.n == len(q.ring) {
+		bigger := make([]notify.Notification, max(16, 2*q.n))
+		copy(bigger, q.ring[q.head:])
+		copy(bigger[len(q.ring)-q.head:], q.ring[:q.head])
+		q.ring, q.head = bigger, 0
+	}
+	q.ring[(q.head+q.n)%len(q.ring)] = n
+	q.n++
+}
+
+func (q *fifo) pop() notify.Notification {
+	n := q.ring[q.head]
+	q.ring[q.head] = notify.Notification{} // release the payload
+	q.head = (q.head + 1) % len(q.ring)
+	q.n--
+	if q.n == 0 {
+		q.head = 0
+		if len(q.ring) > 1024 { // a burst is over: release its memory
+			q.ring = nil
+		}
+	}
+	return n
+}

@@ -1,0 +1,278 @@
+// Package queue is what stands between the listener and the handler of one
+// channel: it keeps the order, limits how many handlers run at once and for how
+// long, repeats what failed and survives what panicked.
+package queue
+
+import (
+	"context"
+	"crypto/rand"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/pglistener/pglistener/internal/call"
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/retry"
+)
+
+// Settings are the variables of a queue.
+type Settings struct {
+	Size     int    `env:"QUEUE_SIZE,default=10000" usage:"waiting notifications per channel"`
+	Overflow string `env:"OVERFLOW,default=block" oneof:"block drop" usage:"when a queue is full: block (stop reading, the server buffers) or drop (discard, log, catch up)"`
+	Attempts int    `env:"HANDLER_ATTEMPTS,default=5" usage:"attempts before a notification is logged as an error and given up"`
+
+	CatchUpInterval time.Duration `env:"CATCH_UP_INTERVAL,default=5m" min:"0" usage:"how often doorbell handlers run without being rung; 0 turns it off"`
+}
+
+// Options say how a queue works.
+type Options struct {
+	Settings
+	call.Limits
+	Doorbell bool          // a notification is a request to run the handler, and nothing else
+	Retry    retry.Backoff // between attempts; 500 ms to 30 s if zero
+}
+
+// Queue owns the notifications of one channel that wait, and the goroutines that
+// handle them.
+//
+// Its methods never block for long, so that the select loop can call them from
+// its goroutine; Stats may be called from any. Handlers run on the queue's own
+// goroutines, which exist only while there is work.
+type Queue struct {
+	channel string
+	handle  call.Func
+	catchUp call.Func // nil when the handler cannot; its notification has no payload
+	options Options
+	log     *slog.Logger
+	quit    context.Context // ends when shutting down has taken too long: nothing is begun or repeated afterwards
+	room    chan struct{}   // capacity 1: see Room
+
+	mu         sync.Mutex // guards what follows
+	waiting    fifo
+	running    int            // goroutines
+	sweep      *time.Timer    // rings every CatchUpInterval; nil before Start and after Drained
+	spare      []*call.Caller // of goroutines that have ended, for the next ones
+	done       chan struct{}  // see Drained
+	rung       bool           // a catch-up waits
+	catching   bool           // a catch-up runs
+	stalled    bool           // an offer was refused, and the queue is still more than half full
+	fullAt     time.Time      // when an overflow began; zero when there is none
+	quietTimer *time.Timer    // ends the overflow when the queue has stayed empty
+	dropped    int            // in this overflow
+	missed     bool           // something was dropped since the last catch-up
+	counts     counts
+	calls      call.Stats
+}
+
+// counts are totals since the start.
+type counts struct {
+	received, handled, gaveUp, dropped, caughtUp uint64
+
+	abandoned int
+}
+
+// New makes a queue that gives what it is offered to h. Once quit has ended it
+// begins and repeats nothing.
+func New(quit context.Context, channel string, h notify.Handler, o Options, log *slog.Logger) *Queue {
+	if o.Retry == (retry.Backoff{}) {
+		o.Retry = retry.Backoff{Min: 500 * time.Millisecond, Max: 30 * time.Second}
+	}
+	q := &Queue{
+		channel: channel, handle: h.Handle, options: o,
+		log: log, quit: quit, room: make(chan struct{}, 1),
+	}
+	q.quietTimer = time.AfterFunc(overflowQuiet, func() {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		q.endOverflow()
+	})
+	q.quietTimer.Stop()
+	if c, ok := h.(notify.CatchUper); ok {
+		q.catchUp = func(ctx context.Context, _ notify.Notification) error { return c.CatchUp(ctx) }
+	}
+	if o.Doorbell {
+		q.catchUp = h.Handle
+		q.options.Concurrency = 1
+	}
+	return q
+}
+
+// Start begins to catch up every CatchUpInterval, until Drained.
+func (q *Queue) Start() {
+	if q.catchUp == nil || q.options.CatchUpInterval == 0 {
+		return
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.sweep = time.AfterFunc(retry.Jitter(q.options.CatchUpInterval), func() {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		if q.sweep != nil && q.quit.Err() == nil {
+			q.ring()
+			q.sweep.Reset(retry.Jitter(q.options.CatchUpInterval))
+		}
+	})
+}
+
+// Channel is the channel whose queue this is.
+func (q *Queue) Channel() string { return q.channel }
+
+// Offer takes n, or returns false: the queue is full, try again when Room says
+// so. With OVERFLOW=drop, and once quit has ended, it takes everything.
+func (q *Queue) Offer(n notify.Notification) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.options.Doorbell {
+		q.counts.received++
+		q.ring()
+		return true
+	}
+	if q.quit.Err() != nil {
+		q.abandon(n, notify.ErrShutdownTimeout)
+		return true
+	}
+	if q.waiting.len() < q.options.Size {
+		q.counts.received++
+		q.waiting.push(n)
+		q.start()
+		return true
+	}
+	return q.overflow()
+}
+
+// Room returns a channel on which, after a refused Offer, a token says that half
+// of the queue is free.
+func (q *Queue) Room() <-chan struct{} { return q.room }
+
+// CatchUp has the handler catch up, if it can; requests that wait are merged into one.
+func (q *Queue) CatchUp() {
+	if q.catchUp == nil {
+		return
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.ring()
+}
+
+func (q *Queue) ring() {
+	q.rung = true
+	q.start()
+}
+
+// Waiting returns how many notifications wait.
+func (q *Queue) Waiting() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.waiting.len()
+}
+
+// Drained returns a channel that is closed once nothing waits and nothing runs.
+// Call it once, when no more is offered.
+func (q *Queue) Drained() <-chan struct{} {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.sweep != nil {
+		q.sweep.Stop()
+		q.sweep = nil
+	}
+	q.done = make(chan struct{})
+	if q.running == 0 {
+		close(q.done)
+	}
+	return q.done
+}
+
+// AbandonRest logs what still waits and returns how much was never handled to
+// its end. Call it last, after quit has ended.
+func (q *Queue) AbandonRest() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for q.waiting.len() > 0 {
+		q.abandon(q.waiting.pop(), notify.ErrShutdownTimeout)
+	}
+	q.endOverflow()
+	if q.running > 0 {
+		q.log.Error("handler is still running at the end: it ignores its context", "running", q.running)
+	}
+	return q.counts.abandoned + q.running
+}
+
+// start starts a goroutine if the limit allows. q.mu is held.
+func (q *Queue) start() {
+	if q.running < q.options.Concurrency {
+		q.running++
+		go q.run()
+	}
+}
+
+// run works until there is nothing left to do.
+func (q *Queue) run() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	c := &call.Caller{}
+	if n := len(q.spare); n > 0 {
+		c, q.spare = q.spare[n-1], q.spare[:n-1]
+	}
+	defer func() { q.spare = append(q.spare, c) }()
+	for q.quit.Err() == nil {
+		if q.rung && !q.catching {
+			q.rung, q.catching = false, true
+			if q.do(c, q.catchUp, notify.Notification{Channel: q.channel, Key: rand.Text()}) {
+				q.counts.caughtUp++
+			}
+			q.catching = false
+		} else if q.waiting.len() > 0 {
+			n := q.waiting.pop()
+			q.afterPop()
+			if q.do(c, q.handle, n) {
+				q.counts.handled++
+			}
+		} else {
+			break
+		}
+	}
+	q.running--
+	if q.running == 0 && q.done != nil {
+		close(q.done)
+	}
+}
+
+// do calls f with n until it succeeds, which it returns, or nothing more can be
+// done. q.mu is held on entry and on return, and not while f runs.
+func (q *Queue) do(c *call.Caller, f call.Func, n notify.Notification) (ok bool) {
+	for n.Attempt = 1; ; n.Attempt++ {
+		q.mu.Unlock()
+		took, err := c.Call(q.quit, q.options.Timeout, f, n, q.log)
+		q.mu.Lock()
+		q.calls.Observe(took, err)
+		if err == nil {
+			return true
+		}
+		switch {
+		case q.quit.Err() != nil:
+			q.abandon(n, err)
+			return false
+		case n.Attempt >= q.options.Attempts || notify.IsPermanent(err):
+			q.counts.gaveUp++
+			q.log.Error("gave up", "payload", n.Payload, "backend", n.PID, "attempts", n.Attempt, "error", err)
+			return false
+		}
+		q.calls.Retried++
+		// Retry-After is capped: the whole queue waits behind this one.
+		wait := max(q.options.Retry.After(n.Attempt), min(notify.RetryDelay(err), q.options.Retry.Max))
+		q.mu.Unlock()
+		q.log.Warn("handler failed", "attempt", n.Attempt, "again_in", wait.Round(time.Millisecond), "error", err)
+		quit := !retry.Sleep(q.quit, wait)
+		q.mu.Lock()
+		if quit {
+			q.abandon(n, err)
+			return false
+		}
+	}
+}
+
+// abandon leaves a trace of what nobody will handle. q.mu is held.
+func (q *Queue) abandon(n notify.Notification, cause error) {
+	q.counts.abandoned++
+	q.log.Error("abandoned", "payload", n.Payload, "backend", n.PID, "error", cause)
+}

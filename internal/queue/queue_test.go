@@ -1,0 +1,309 @@
+package queue
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/pglistener/pglistener/internal/call"
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
+	"github.com/pglistener/pglistener/internal/retry"
+)
+
+// testQueue is a queue on its own: what it does needs no server.
+type testQueue struct {
+	*Queue
+	*testkit.Logs
+	cancel context.CancelCauseFunc
+}
+
+func newTestQueue(t *testing.T, h notify.Handler, o Options) testQueue {
+	t.Helper()
+	if o.Size == 0 {
+		o.Size = 1000
+	}
+	if o.Attempts == 0 {
+		o.Attempts = 3
+	}
+	if o.Concurrency == 0 {
+		o.Concurrency = 1
+	}
+	if o.Timeout == 0 {
+		o.Timeout = testkit.Patience
+	}
+	o.Retry = retry.Backoff{Min: time.Millisecond, Max: 5 * time.Millisecond}
+	quit, cancel := context.WithCancelCause(context.Background())
+	t.Cleanup(func() { cancel(nil) })
+	lg := testkit.NewLogs(t)
+	return testQueue{New(quit, testkit.ChannelName(t), h, o, lg.Logger().With("channel", testkit.ChannelName(t))), lg, cancel}
+}
+
+// finish waits until nothing waits and nothing runs.
+func (w testQueue) finish(t *testing.T) {
+	t.Helper()
+	select {
+	case <-w.Drained():
+	case <-time.After(testkit.Patience):
+		t.Fatal("the queue did not finish")
+	}
+}
+
+func (w testQueue) give(t *testing.T, payloads ...string) {
+	t.Helper()
+	for _, p := range payloads {
+		if !w.Offer(notify.Notification{Channel: w.channel, Payload: p, PID: 1}) {
+			t.Fatalf("%q was refused", p)
+		}
+	}
+}
+
+func TestFailedHandlerIsRetried(t *testing.T) {
+	t.Parallel()
+	var seen []string
+	w := newTestQueue(t, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+		seen = append(seen, fmt.Sprintf("%s%d", n.Payload, n.Attempt))
+		if n.Payload == "a" && n.Attempt < 3 {
+			return errors.New("not yet")
+		}
+		return nil
+	}), Options{})
+	w.give(t, "a", "b")
+	w.finish(t)
+	if got := strings.Join(seen, " "); got != "a1 a2 a3 b1" {
+		t.Errorf("handled %s", got)
+	}
+	if n := len(w.All("handler failed")); n != 2 {
+		t.Errorf("%d failures in the log", n)
+	}
+	if n := len(w.All("gave up")); n != 0 {
+		t.Errorf("gave up %d times", n)
+	}
+}
+
+// A receiver that drops repeats by id must see a repeat for what it is, and no other run for one.
+func TestIDsAreOfOneRun(t *testing.T) {
+	t.Parallel()
+	var ids []string
+	ran := make(chan struct{}, 1)
+	w := newTestQueue(t, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+		ids = append(ids, n.ID())
+		if n.Attempt == 1 {
+			return notify.RetryAfter(errors.New("not yet"), time.Hour) // which is not waited for
+		}
+		ran <- struct{}{}
+		return nil
+	}), Options{Doorbell: true})
+	for range 2 {
+		w.give(t, "")
+		<-ran
+	}
+	w.finish(t)
+	if len(ids) != 4 || ids[0] != ids[1] || ids[1] == ids[2] || ids[2] != ids[3] {
+		t.Errorf("ids %v", ids)
+	}
+}
+
+func TestGivingUpLeavesATrace(t *testing.T) {
+	t.Parallel()
+	w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error { return errors.New("never") }), Options{})
+	w.give(t, "precious")
+	w.finish(t)
+	line := w.Wait(t, "gave up", 1)
+	for attr, want := range map[string]any{
+		"level": "ERROR", "channel": w.channel, "payload": "precious", "error": "never", "attempts": 3.0,
+	} {
+		if line[attr] != want {
+			t.Errorf("%s is %v, want %v", attr, line[attr], want)
+		}
+	}
+}
+
+func TestPanicIsSurvived(t *testing.T) {
+	t.Parallel()
+	var handled atomic.Int64
+	w := newTestQueue(t, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+		if n.Attempt == 1 {
+			panic("boom")
+		}
+		handled.Add(1)
+		return nil
+	}), Options{})
+	w.give(t, "a", "b")
+	w.finish(t)
+	if handled.Load() != 2 {
+		t.Errorf("%d handled", handled.Load())
+	}
+	if line := w.Wait(t, "handler panicked", 1); !strings.Contains(line["stack"].(string), "queue_test.go") {
+		t.Errorf("the stack does not show where: %v", line)
+	}
+}
+
+func TestHandlerTimeout(t *testing.T) {
+	t.Parallel()
+	const limit = 50 * time.Millisecond
+	var attempts, quick atomic.Int64
+	w := newTestQueue(t, notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
+		if n.Payload == "quick" {
+			quick.Add(1)
+			return ctx.Err()
+		}
+		began := time.Now()
+		attempts.Add(1)
+		<-ctx.Done()
+		if took := time.Since(began); took < limit {
+			t.Errorf("ended after %v, before its limit", took)
+		}
+		return ctx.Err()
+	}), Options{Limits: call.Limits{Timeout: limit}})
+	w.give(t, "quick", "hang", "quick", "hang", "quick")
+	w.finish(t)
+	if attempts.Load() != 6 || quick.Load() != 3 {
+		t.Errorf("%d attempts to hang, %d quick ones", attempts.Load(), quick.Load())
+	}
+	if n := len(w.All("gave up")); n != 2 {
+		t.Errorf("gave up %d times", n)
+	}
+}
+
+func TestLateIsNotFailed(t *testing.T) {
+	t.Parallel()
+	w := newTestQueue(t, notify.HandlerFunc(func(ctx context.Context, _ notify.Notification) error {
+		<-ctx.Done() // and then it succeeds all the same
+		return nil
+	}), Options{Limits: call.Limits{Timeout: 50 * time.Millisecond}})
+	w.give(t, "x")
+	w.finish(t)
+	if w.counts.handled != 1 {
+		t.Errorf("%d handled", w.counts.handled)
+	}
+}
+
+func TestConcurrency(t *testing.T) {
+	t.Parallel()
+	const at, total = 4, 100
+	var now, most atomic.Int64
+	all := make(chan struct{})
+	w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+		n := now.Add(1)
+		defer now.Add(-1)
+		for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
+		}
+		if n == at {
+			select {
+			case <-all:
+			default:
+				close(all)
+			}
+		}
+		<-all // nobody leaves before so many are inside
+		return nil
+	}), Options{Limits: call.Limits{Concurrency: at}})
+	for range total {
+		w.give(t, "")
+	}
+	w.finish(t)
+	if most.Load() != at {
+		t.Errorf("%d at once, want %d", most.Load(), at)
+	}
+}
+
+func TestOverflowDropCatchesUp(t *testing.T) {
+	t.Parallel()
+	c := &counter{}
+	gate := make(chan struct{})
+	h := &gated{counter: c, gate: gate}
+	w := newTestQueue(t, h, Options{Settings: Settings{Size: 10, Overflow: "drop"}})
+	for range 100 {
+		w.give(t, "x")
+	}
+	w.Wait(t, "queue full", 1)
+	close(gate)
+	line := w.Wait(t, "queue drained", 1)
+	w.finish(t)
+	handled := c.handled.Load()
+	if handled < 10 || handled > 11 || line["dropped"] != float64(100-handled) {
+		t.Errorf("handled %d, and the log says %v dropped", handled, line["dropped"])
+	}
+	if c.caughtUp.Load() != 1 {
+		t.Errorf("caught up %d times after the overflow", c.caughtUp.Load())
+	}
+	if len(w.All("queue full")) != 1 || len(w.All("queue drained")) != 1 {
+		t.Error("one overflow is to be told once")
+	}
+}
+
+// gated is a counter whose Handle waits for a gate.
+type gated struct {
+	*counter
+	gate chan struct{}
+}
+
+func (g *gated) Handle(ctx context.Context, n notify.Notification) error {
+	<-g.gate
+	return g.counter.Handle(ctx, n)
+}
+
+func TestAbandonedIsCountedAndLogged(t *testing.T) {
+	t.Parallel()
+	began := make(chan struct{}, 1)
+	w := newTestQueue(t, notify.HandlerFunc(func(ctx context.Context, _ notify.Notification) error {
+		began <- struct{}{}
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}), Options{})
+	w.give(t, "one", "two", "three")
+	<-began
+	w.cancel(notify.ErrShutdownTimeout)
+	w.finish(t)
+	w.give(t, "late")
+	if n := w.AbandonRest(); n != 4 {
+		t.Errorf("%d abandoned, want 4", n)
+	}
+	var payloads []string
+	for _, line := range w.All("abandoned") {
+		payloads = append(payloads, line["payload"].(string))
+		if line["error"] != notify.ErrShutdownTimeout.Error() {
+			t.Errorf("cause: %v", line["error"])
+		}
+	}
+	if got := strings.Join(payloads, " "); got != "one late two three" { // one was under way, late came after the end
+		t.Errorf("traces of %s", got)
+	}
+}
+
+func TestFifo(t *testing.T) {
+	var q fifo
+	next, want := 0, 0
+	for round := range 200 {
+		for range round % 37 {
+			q.push(notify.Notification{PID: next})
+			next++
+		}
+		for range min(round%23, q.len()) {
+			if got := q.pop().PID; got != want {
+				t.Fatalf("popped %d, want %d", got, want)
+			}
+			want++
+		}
+	}
+	for q.len() > 0 {
+		if got := q.pop().PID; got != want {
+			t.Fatalf("popped %d, want %d", got, want)
+		}
+		want++
+	}
+	if next != want {
+		t.Fatalf("pushed %d, popped %d", next, want)
+	}
+}
+
+// counter is a handler that counts its calls; it can catch up.
+type counter struct{ handled, caughtUp atomic.Int64 }
+
+func (c *counter) Handle(context.Context, notify.Notification) error { c.handled.Add(1); return nil }
+func (c *counter) CatchUp(context.Context) error                     { c.caughtUp.Add(1); return nil }

@@ -1,0 +1,175 @@
+package webhook
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
+)
+
+// hook makes the http handler for a receiver.
+func hook(t *testing.T, address string, s Settings) *handler {
+	t.Helper()
+	h, err := New(address, s, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h.(*handler)
+}
+
+func TestWebhookRequest(t *testing.T) {
+	t.Parallel()
+	r := testkit.NewReceiver(t, testkit.Accept)
+	h := hook(t, r.URL+"/in?x=1", Settings{})
+	for _, c := range []struct{ payload, contentType string }{
+		{`{"id": 1}`, "application/json"},
+		{`not json`, "text/plain; charset=utf-8"},
+		{``, "text/plain; charset=utf-8"},
+		{`"naïve"`, "application/json"},
+	} {
+		n := notify.Notification{Channel: "a b\n", Payload: c.payload, Attempt: 3, Key: "42"}
+		if err := h.Handle(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+		req, body := r.Last()
+		if req.Method != http.MethodPost || req.URL.String() != "/in?x=1" || body != c.payload {
+			t.Errorf("%s %s %q", req.Method, req.URL, body)
+		}
+		for name, want := range map[string]string{
+			"Content-Type": c.contentType, "webhook-id": "42", "Pglistener-Channel": "a%20b%0A", "Pglistener-Attempt": "3", "webhook-signature": "",
+		} {
+			if got := req.Header.Get(name); got != want {
+				t.Errorf("%s: %q, want %q", name, got, want)
+			}
+		}
+		if req.Header.Get("webhook-timestamp") == "" {
+			t.Error("no timestamp")
+		}
+	}
+}
+
+// TestWebhookSignature is the example of the Standard Webhooks specification.
+func TestWebhookSignature(t *testing.T) {
+	t.Parallel()
+	h := hook(t, "https://localhost/", Settings{Secret: "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"})
+	h.now = func() time.Time { return time.Unix(1614265330, 0) }
+	header := http.Header{}
+	h.sign(header, notify.Notification{Key: "msg_p5jXN8AQM9LWM0D4loKWxJek", Payload: `{"test": 2432232314}`})
+	if got, want := header.Get("webhook-signature"), "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+	if header.Get("webhook-timestamp") != "1614265330" || header.Get("webhook-id") != "msg_p5jXN8AQM9LWM0D4loKWxJek" {
+		t.Errorf("%v", header)
+	}
+}
+
+func TestWebhookAnswers(t *testing.T) {
+	t.Parallel()
+	redirected := testkit.NewReceiver(t, testkit.Accept)
+	for _, c := range []struct {
+		status    int
+		header    string
+		ok        bool
+		permanent bool
+		after     time.Duration
+	}{
+		{status: 200, ok: true}, {status: 204, ok: true}, {status: 299, ok: true},
+		{status: 408}, {status: 425}, {status: 500}, {status: 503}, {status: 599},
+		{status: 429, header: "7", after: 7 * time.Second},
+		{status: 503, header: time.Now().Add(30 * time.Second).UTC().Format(http.TimeFormat), after: 25 * time.Second},
+		{status: 503, header: "99999999", after: time.Hour},
+		{status: 503, header: "-5"}, {status: 503, header: "soon"},
+		{status: 400, permanent: true}, {status: 401, permanent: true}, {status: 404, permanent: true}, {status: 410, permanent: true},
+		{status: 302, permanent: true}, {status: 307, permanent: true},
+	} {
+		r := testkit.NewReceiver(t, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Location", redirected.URL)
+			if c.header != "" {
+				w.Header().Set("Retry-After", c.header)
+			}
+			w.WriteHeader(c.status)
+			if c.status != 204 {
+				_, _ = io.WriteString(w, strings.Repeat("because ", 1000))
+			}
+		})
+		err := hook(t, r.URL, Settings{}).Handle(t.Context(), notify.Notification{})
+		if (err == nil) != c.ok || notify.IsPermanent(err) != c.permanent {
+			t.Errorf("%d: %v, permanent %v", c.status, err, notify.IsPermanent(err))
+		}
+		if after := notify.RetryDelay(err); after < c.after || after > c.after+10*time.Second {
+			t.Errorf("%d %q: again after %v, want %v", c.status, c.header, after, c.after)
+		}
+		if err != nil && (!strings.Contains(err.Error(), fmt.Sprintf("status %d", c.status)) || !strings.Contains(err.Error(), "because") || len(err.Error()) > 500) {
+			t.Errorf("%d: %.600v", c.status, err)
+		}
+	}
+	if len(redirected.Requests()) > 0 {
+		t.Error("a redirect was followed")
+	}
+}
+
+func TestWebhookNetworkErrors(t *testing.T) {
+	t.Parallel()
+	refused := "http://u:hunter2@" + testkit.FreshAddress(t) + "/path?token=hunter2"
+	err := hook(t, refused, Settings{}).Handle(t.Context(), notify.Notification{})
+	if err == nil || notify.IsPermanent(err) || strings.Contains(err.Error(), "hunter2") || !strings.Contains(err.Error(), "/path: dial tcp") {
+		t.Errorf("refused: %v", err)
+	}
+	// Accepted and never answered: the time limit ends it.
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	began := time.Now()
+	err = hook(t, "http://"+l.Addr().String(), Settings{}).Handle(ctx, notify.Notification{})
+	if !errors.Is(err, context.DeadlineExceeded) || time.Since(began) > 5*time.Second {
+		t.Errorf("silent: %v after %v", err, time.Since(began))
+	}
+	// An answer without end is read up to a bound, and no longer than the time limit.
+	endless := testkit.NewReceiver(t, func(w http.ResponseWriter, req *http.Request) {
+		w.WriteHeader(http.StatusBadGateway)
+		for req.Context().Err() == nil {
+			if _, err := w.Write(make([]byte, 32<<10)); err != nil {
+				return
+			}
+		}
+	})
+	if err := hook(t, endless.URL, Settings{}).Handle(t.Context(), notify.Notification{}); err == nil || len(err.Error()) > 2000 {
+		t.Errorf("endless: %.200v", err)
+	}
+}
+
+func TestWebhookReusesConnections(t *testing.T) {
+	t.Parallel()
+	var connections atomic.Int64
+	r := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "thanks") }))
+	r.Config.ConnState = func(_ net.Conn, s http.ConnState) {
+		if s == http.StateNew {
+			connections.Add(1)
+		}
+	}
+	r.Start()
+	defer r.Close()
+	h := hook(t, r.URL, Settings{})
+	for range 20 {
+		if err := h.Handle(t.Context(), notify.Notification{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := connections.Load(); n != 1 {
+		t.Errorf("%d connections for 20 requests", n)
+	}
+}
