@@ -20,9 +20,9 @@ import (
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
-// The benchmarks measure ratios, both sides in one run, by turns: an absolute time
-// on a shared machine means little. make bench measures the same against peers; there
-// this test binary is our side, for the program itself is no package to import.
+// The benchmarks measure ratios, both sides in one run, by turns: an absolute time on a shared machine means
+// little. make bench measures the same against peers; there this test binary is our side, for the program
+// itself is no package to import.
 
 // benchMain is our side of make bench, if this process is that.
 func benchMain() {

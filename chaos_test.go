@@ -17,8 +17,8 @@ import (
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
-// TestOutboxChaos kills everything at any time: every committed row is handled at least
-// once, no row that was rolled back ever is, and the table ends empty.
+// TestOutboxChaos kills everything at any time: every committed row is handled at least once, no row that was
+// rolled back ever is, and the table ends empty.
 func TestOutboxChaos(t *testing.T) {
 	t.Parallel()
 	s := testkit.OwnServer(t)

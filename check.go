@@ -14,9 +14,8 @@ import (
 	"github.com/pglistener/pglistener/internal/retry"
 )
 
-// check is the flag -check: it tries everything once, prints one line per check
-// and returns the exit code. No handler runs. It ends within 3 x PING_TIMEOUT,
-// whatever the network does.
+// check is the flag -check: it tries everything once, prints one line per check and returns the exit code. No
+// handler runs. It ends within 3 x PING_TIMEOUT, whatever the network does.
 func check(ctx context.Context, e cli.Env) int {
 	cfg, channels, _, problems := load(e)
 	r := &report{out: e.Stdout}
@@ -96,9 +95,8 @@ func (r *report) handlers(ctx context.Context, channels []Channel) {
 	}
 }
 
-// delivery says whether the channels can be LISTENed, and whether a probe comes
-// back. It runs a real Listener, with handlers that do nothing, until it is ready,
-// or knows that it is deaf, or ctx ends.
+// delivery says whether the channels can be LISTENed, and whether a probe comes back. It runs a real Listener,
+// with handlers that do nothing, until it is ready, or knows that it is deaf, or ctx ends.
 func (r *report) delivery(ctx context.Context, cfg *Config, channels []Channel) {
 	idle := notify.HandlerFunc(func(context.Context, notify.Notification) error { return nil })
 	silent := make([]Channel, len(channels))

@@ -24,6 +24,8 @@ type Config struct {
 	Features FeatureSettings
 	Log      logs.Settings
 
+	LogPayloads bool `env:"LOG_PAYLOADS,default=true" usage:"false keeps payloads, and what receivers answer, out of the log and last_error"`
+
 	routes []config.Route
 }
 
@@ -36,9 +38,8 @@ type Setup struct {
 	Timeout  time.Duration // PING_TIMEOUT: how long any single answer of it may take
 }
 
-// loadConfig reads the configuration through lookup. handlers and modes have what
-// CHANNELS may name. It returns every problem at once, one error each, beginning
-// with the name of the variable and free of secrets.
+// loadConfig reads the configuration through lookup. handlers and modes have what CHANNELS may name. It returns
+// every problem at once, one error each, beginning with the name of the variable and free of secrets.
 func loadConfig(lookup config.Lookuper, handlers map[string]newHandler, modes map[string]wrap) (*Config, []error) {
 	c := &Config{}
 	problems := config.Decode(c, lookup)
@@ -69,7 +70,7 @@ func (c *Config) dsn() string { return config.WithApplicationName(c.DatabaseURL,
 // setup is what the handler of a route is given.
 func (c *Config) setup(r config.Route, log *slog.Logger) Setup {
 	return Setup{
-		Setup:    notify.Setup{Channel: r.Channel, Log: log.With("channel", r.Channel), Grace: c.Listener.grace()},
+		Setup:    notify.Setup{Channel: r.Channel, Log: log.With("channel", r.Channel), Grace: c.Listener.grace(), LogPayloads: c.LogPayloads},
 		Settings: c.Channel,
 		Spec:     r.Spec(),
 		DSN:      c.dsn(),
@@ -77,8 +78,8 @@ func (c *Config) setup(r config.Route, log *slog.Logger) Setup {
 	}
 }
 
-// makeChannels makes the handlers of all routes, and what the Listener needs to
-// know of them. It returns an error for each that cannot be made.
+// makeChannels makes the handlers of all routes, and what the Listener needs to know of them. It returns an
+// error for each that cannot be made.
 func makeChannels(cfg *Config, handlers map[string]newHandler, modes map[string]wrap, log *slog.Logger) (channels []Channel, problems []error) {
 	for _, r := range cfg.routes {
 		s := cfg.setup(r, log)
@@ -91,7 +92,7 @@ func makeChannels(cfg *Config, handlers map[string]newHandler, modes map[string]
 			continue
 		}
 		channels = append(channels, Channel{Name: r.Channel, Handler: h, Queue: queue.Options{
-			Settings: s.Settings.Queue, Limits: s.Settings.Limits, Doorbell: r.Mode == "doorbell",
+			Settings: s.Settings.Queue, Limits: s.Settings.Limits, Doorbell: r.Mode == "doorbell", Secret: !cfg.LogPayloads,
 		}})
 	}
 	return channels, problems

@@ -92,8 +92,8 @@ func TestConnectTimeoutOfTheDSNHolds(t *testing.T) {
 	}
 }
 
-// TestPingThatIsRefused needs a server that answers an empty query with an error. PostgreSQL
-// cannot be made to, a pooler that has lost its server does; lib/pq panics (fact 9).
+// TestPingThatIsRefused needs a server that answers an empty query with an error. PostgreSQL cannot be made to,
+// a pooler that has lost its server does; lib/pq panics (fact 9).
 func TestPingThatIsRefused(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")

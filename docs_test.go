@@ -174,8 +174,8 @@ func TestVariablesAreDocumented(t *testing.T) {
 	}
 }
 
-// TestEnvExampleIsReadAlikeByAll: a shell, systemd and docker differ in how they read
-// quotes and blanks, so there must be none; and what it sets must be valid.
+// TestEnvExampleIsReadAlikeByAll: a shell, systemd and docker differ in how they read quotes and blanks, so
+// there must be none; and what it sets must be valid.
 func TestEnvExampleIsReadAlikeByAll(t *testing.T) {
 	v := vars{}
 	for line := range strings.Lines(testkit.ReadFile(t, ".env.example")) {

@@ -11,21 +11,22 @@ import (
 	"github.com/pglistener/pglistener/internal/health"  // feature: health
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/outbox" // feature: outbox
+	"github.com/pglistener/pglistener/internal/proc"   // feature: execcmd
 	"github.com/pglistener/pglistener/internal/queue"
 	"github.com/pglistener/pglistener/internal/sdnotify" // feature: sdnotify
 	"github.com/pglistener/pglistener/internal/webhook"  // feature: webhook
 )
 
-// The features are what can be left out, each a folder of internal. This file
-// connects them. make new WITHOUT="..." copies the project without the folders
-// and the lines that name them.
+// The features are what can be left out, each a folder of internal. This file connects them. make new
+// WITHOUT="..." copies the project without the folders and the lines that name them.
 
 // ChannelSettings are the variables of a channel.
 type ChannelSettings struct {
 	call.Limits
-	Queue   queue.Settings
-	Outbox  outbox.Settings  // feature: outbox
-	Webhook webhook.Settings // feature: webhook
+	Queue    queue.Settings
+	Programs proc.Settings    // feature: execcmd
+	Outbox   outbox.Settings  // feature: outbox
+	Webhook  webhook.Settings // feature: webhook
 }
 
 // FeatureSettings are the variables of features of which there is one in a process.
@@ -35,10 +36,12 @@ type FeatureSettings struct {
 
 // addHandlers adds the handlers of the features to the table of handler.go.
 func addHandlers(table map[string]newHandler) map[string]newHandler {
-	table["exec"] = func(arg string, s Setup) (notify.Handler, error) { return execcmd.New(arg, s.Setup) } // feature: execcmd
+	table["exec"] = func(arg string, s Setup) (notify.Handler, error) {
+		return execcmd.New(arg, s.Settings.Programs, s.Setup)
+	} // feature: execcmd
 	// begin: webhook
 	table["https"] = func(_ string, s Setup) (notify.Handler, error) {
-		return webhook.New(s.Spec, s.Settings.Webhook, s.Settings.Concurrency)
+		return webhook.New(s.Spec, s.Settings.Webhook, s.Settings.Concurrency, s.Setup)
 	}
 	table["http"] = table["https"]
 	// end: webhook
@@ -73,10 +76,10 @@ func featureCommands() []cli.Command {
 		// end: outbox
 		// begin: health
 		{Flags: "-healthy", Usage: "ask the listener at HTTP_ADDR whether it is ready, and exit with 0 or 1", Run: func(_ context.Context, e cli.Env) int {
-			if !health.Ask(e.Lookup, "/readyz", e.Stdout) {
-				return cli.Failed
-			}
-			return cli.OK
+			return health.Ask(e.Lookup, "/readyz", e.Stdout)
+		}},
+		{Flags: "-alive", Usage: "ask it whether its loop turns, which is what a liveness probe is for; exit with 0 or 1", Run: func(_ context.Context, e cli.Env) int {
+			return health.Ask(e.Lookup, "/livez", e.Stdout)
 		}},
 		// end: health
 	}

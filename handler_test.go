@@ -10,8 +10,8 @@ import (
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
-// TestAppend shows how to test a handler without a server: make it as the program
-// does, give it notifications, look at what it has done.
+// TestAppend shows how to test a handler without a server: make it as the program does, give it notifications,
+// look at what it has done.
 func TestAppend(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "journal")

@@ -102,8 +102,8 @@ func with(name string, h notify.Handler) table {
 	return table{name: func(string, Setup) (notify.Handler, error) { return h, nil }}
 }
 
-// start runs a Listener whose handlers may also be "test", which records into heard,
-// and those of more, after the tweaks. It is stopped when the test ends.
+// start runs a Listener whose handlers may also be "test", which records into heard, and those of more, after
+// the tweaks. It is stopped when the test ends.
 func start(t *testing.T, v vars, more table, tweaks ...func(*Listener)) *running {
 	t.Helper()
 	r := &running{Logs: testkit.NewLogs(t), heard: make(chan notify.Notification, 100_000)}

@@ -69,7 +69,7 @@ func TestMetricsUnderLoad(t *testing.T) {
 		_, err := testkit.DB(t).Exec("select pg_notify($1, i::text) from generate_series(1, $2) i", channel, total)
 		done <- err
 	}()
-	handled := `pglistener_notifications_handled_total{channel="odd \"name\" with \\ in it"} `
+	handled := `pglistener_items_total{channel="odd \"name\" with \\ in it",result="done"} `
 	testkit.Eventually(t, "the count of what was handled does not reach the total", func() bool {
 		code, body := web("/metrics")
 		if code != http.StatusOK {
@@ -150,10 +150,10 @@ func TestMetricsCountFaults(t *testing.T) {
 	_, body := web("/metrics")
 	for _, want := range []string{
 		"pglistener_gaps_total 1", "pglistener_reconnects_total 1",
-		fmt.Sprintf("pglistener_notifications_given_up_total{channel=%q} 1", channel),
+		fmt.Sprintf("pglistener_items_total{channel=%q,result=\"failed\"} 1", channel),
 		fmt.Sprintf("pglistener_handler_failures_total{channel=%q} 3", channel),
 		fmt.Sprintf("pglistener_handler_retries_total{channel=%q} 2", channel),
-		fmt.Sprintf("pglistener_notifications_handled_total{channel=%q} 0", channel),
+		fmt.Sprintf("pglistener_items_total{channel=%q,result=\"done\"} 0", channel),
 	} {
 		if !strings.Contains(body, want+"\n") {
 			t.Errorf("no line %q", want)

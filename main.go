@@ -1,7 +1,6 @@
-// Pglistener listens on PostgreSQL channels and hands each payload to the
-// handler registered for its channel. It is configured by environment variables;
-// -h prints them. Exit codes: 0 after a requested stop with nothing left undone,
-// 1 when it failed or had to abandon notifications, 2 for a configuration that cannot work.
+// Pglistener listens on PostgreSQL channels and hands each payload to the handler registered for its channel.
+// It is configured by environment variables; -h prints them. Exit codes: 0 after a requested stop with nothing
+// left undone, 1 when it failed or had to abandon notifications, 2 for a configuration that cannot work.
 package main
 
 import (
@@ -22,7 +21,12 @@ import (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	signals := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
+		signals = append(signals, syscall.SIGHUP)
+	}
+	signal.Ignore(syscall.SIGPIPE) // whoever reads the log may end before us
+	ctx, stop := signal.NotifyContext(context.Background(), signals...)
 	// The first signal stops in order; from then on a second one ends the process at once.
 	context.AfterFunc(ctx, stop)
 	os.Exit(run(ctx, os.Args[1:], cli.Env{Lookup: os.LookupEnv, Stdout: os.Stdout, Stderr: os.Stderr}))
@@ -81,8 +85,7 @@ func listen(ctx context.Context, e cli.Env) int {
 	return cli.OK
 }
 
-// load reads the configuration and makes the handlers. It returns every problem
-// at once, one error each.
+// load reads the configuration and makes the handlers. It returns every problem at once, one error each.
 func load(e cli.Env) (*Config, []Channel, *slog.Logger, []error) {
 	handlers, modes := addHandlers(handlerTable()), modes()
 	cfg, problems := loadConfig(e.Lookup, handlers, modes)

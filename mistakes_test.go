@@ -17,8 +17,8 @@ import (
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
-// TestLikelyMistakes runs the program as a new user might, with the fifteen likeliest
-// mistakes, and looks for the one line that says what is wrong and what to do.
+// TestLikelyMistakes runs the program as a new user might, with the fifteen likeliest mistakes, and looks for
+// the one line that says what is wrong and what to do.
 func TestLikelyMistakes(t *testing.T) {
 	t.Parallel()
 	a := testkit.NewAuthority(t)

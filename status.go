@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/pglistener/pglistener/internal/notify"
@@ -10,8 +11,8 @@ import (
 	"github.com/pglistener/pglistener/internal/probe"
 )
 
-// Status is how things stand with a Listener. The loop publishes copies of its
-// own; whoever asks reads the newest.
+// Status is how things stand with a Listener. The loop publishes copies of its own; whoever asks reads the
+// newest.
 type Status struct {
 	pgconn.State
 	Probe      probe.Status
@@ -59,8 +60,7 @@ func (l *Listener) newest() Status {
 	return Status{State: pgconn.State{Reason: "not started"}, turnedAt: time.Now()}
 }
 
-// Alive returns why the loop does not turn, or nil. It may be called from any
-// goroutine and does not block.
+// Alive returns why the loop does not turn, or nil. It may be called from any goroutine and does not block.
 func (l *Listener) Alive() error {
 	if stuck := time.Since(l.newest().turnedAt); stuck > loopBound {
 		return fmt.Errorf("the loop has been stuck for %v", stuck.Round(time.Second))
@@ -68,14 +68,23 @@ func (l *Listener) Alive() error {
 	return nil
 }
 
-// Ready returns why a notification that is sent now might not be heard, or nil
-// when all is known to be well. It answers from memory, from any goroutine.
+// Ready returns why a notification that is sent now might not be heard, or why the work of a channel is not
+// being done; nil when all is known to be well. It answers from memory, from any goroutine.
 func (l *Listener) Ready() error {
 	if err := l.Alive(); err != nil {
 		return err
 	}
 	if reason := l.deafness(l.newest()); reason != "" {
 		return errors.New(reason)
+	}
+	for _, c := range l.channels {
+		err := l.queues[c.Name].Ready()
+		if r, ok := c.Handler.(notify.Readier); ok && err == nil {
+			err = r.Ready()
+		}
+		if err != nil {
+			return fmt.Errorf("channel %q: %w", c.Name, err)
+		}
 	}
 	return nil
 }
@@ -84,8 +93,8 @@ func (l *Listener) Ready() error {
 func (l *Listener) deafness(s Status) string {
 	set := l.settings
 	quiet := time.Since(l.dialer.LastHeard())
-	// While reading is stopped for a full queue nothing can be heard, but the server
-	// keeps what is sent; and the proofs that are missed meanwhile may still be due.
+	// While reading is stopped for a full queue nothing can be heard, but the server keeps what is sent; and
+	// the proofs that are missed meanwhile may still be due.
 	window := set.ProbeInterval + 2*set.PingTimeout
 	held := s.heldBy != "" || time.Since(s.heldUntil) < window
 	switch {
@@ -113,8 +122,8 @@ func (l *Listener) deafness(s Status) string {
 	return ""
 }
 
-// Stats implements notify.Meter: the figures of the listener, and those of each
-// channel with its name as the label channel.
+// Stats implements notify.Meter: the figures of the listener, and those of each channel with its name as the
+// label channel.
 func (l *Listener) Stats() []notify.Stat {
 	s := l.newest()
 	ready := notify.Stat{Name: "pglistener_ready", Kind: "gauge", Help: "1 while /readyz answers 200."}
@@ -125,10 +134,15 @@ func (l *Listener) Stats() []notify.Stat {
 		Help: "Time since the last byte came from the server.", Value: time.Since(l.dialer.LastHeard()).Seconds()})
 	stats = append(stats, s.Probe.Stats(s.QueueUsage)...)
 	for _, c := range l.channels {
-		of := l.queues[c.Name].Stats()
+		var of []notify.Stat
 		if m, ok := c.Handler.(notify.Meter); ok {
-			of = append(of, m.Stats()...)
+			of = m.Stats()
 		}
+		// What a handler says of itself counts, and not what the queue says of it.
+		own := func(s notify.Stat) bool {
+			return slices.ContainsFunc(of, func(o notify.Stat) bool { return o.Name == s.Name && slices.Equal(o.Labels, s.Labels) })
+		}
+		of = append(of, slices.DeleteFunc(l.queues[c.Name].Stats(), own)...)
 		for _, stat := range of {
 			stat.Labels = append([]string{"channel", c.Name}, stat.Labels...)
 			stats = append(stats, stat)

@@ -66,9 +66,8 @@ func in(t *testing.T, dir, name string, args ...string) string {
 	return string(out)
 }
 
-// TestNewLeavesNoTrace makes copies without each feature, and without all: they
-// build, pass vet and gofmt, name nothing that is not there, and what can be tested
-// in them without a server passes.
+// TestNewLeavesNoTrace makes copies without each feature, and without all: they build, pass vet and gofmt, name
+// nothing that is not there, and what can be tested in them without a server passes.
 func TestNewLeavesNoTrace(t *testing.T) {
 	t.Parallel()
 	for title, without := range variants() {
@@ -158,8 +157,8 @@ func TestNewRefusesWhatCannotBeMeant(t *testing.T) {
 	}
 }
 
-// TestOnlyTheCore copies the core into an empty module, with the main of README,
-// and kills its session under it.
+// TestOnlyTheCore copies the core into an empty module, with the main of README, and kills its session under
+// it.
 func TestOnlyTheCore(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -1,9 +1,9 @@
-// Package call makes single calls of a handler: with a time limit, and with
-// panics turned into errors.
+// Package call makes single calls of a handler: with a time limit, and with panics turned into errors.
 package call
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"runtime/debug"
@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/retry"
 )
 
 // Func is the type of notify.Handler's Handle.
@@ -19,16 +20,14 @@ type Func func(context.Context, notify.Notification) error
 // Longest is the most time that a call is given whose limit is limit: see Caller.
 func Longest(limit time.Duration) time.Duration { return limit + limit/64 }
 
-// overrunGrace is how long after its time limit a handler may still run before
-// the log says so.
+// overrunGrace is how long after its time limit a handler may still run before the log says so.
 const overrunGrace = 5 * time.Second
 
-// Caller makes one call after the other, each with a time limit. It is used by
-// one goroutine at a time; the zero value is ready.
+// Caller makes one call after the other, each with a time limit. It is used by one goroutine at a time; the
+// zero value is ready.
 //
-// A context with a deadline costs more than many a handler does. So calls that
-// begin within a 64th of the limit share one: each has at least its limit, and
-// at most Longest of it.
+// A context with a deadline costs more than many a handler does. So calls that begin within a 64th of the limit
+// share one: each has at least its limit, and at most Longest of it.
 type Caller struct{ shared *sharedContext }
 
 type sharedContext struct {
@@ -38,11 +37,9 @@ type sharedContext struct {
 	began  atomic.Int64 // of the call that runs, in Unix nanoseconds; 0 while none does
 }
 
-// Call calls f with n once, and returns its error and how long it took. The
-// context that f is given ends after limit, with the cause
-// notify.ErrHandlerTimeout, and when parent does. A panic is an error, and is
-// logged with its stack. Call blocks until f returns; a handler that does not
-// obey its context is logged.
+// Call calls f with n once, and returns its error and how long it took. The context that f is given ends after
+// limit, with the cause notify.ErrHandlerTimeout, and when parent does. A panic is an error, and is logged with
+// its stack. Call blocks until f returns; a handler that does not obey its context is logged.
 func (c *Caller) Call(parent context.Context, limit time.Duration, f Func, n notify.Notification, log *slog.Logger) (took time.Duration, err error) {
 	began := time.Now()
 	if c.shared == nil || began.After(c.shared.until) || c.shared.Err() != nil {
@@ -62,8 +59,7 @@ func (c *Caller) Call(parent context.Context, limit time.Duration, f Func, n not
 	return 0, f(s.Context, n)
 }
 
-// Close releases what the last call has left for the next one. Calling is
-// possible afterwards.
+// Close releases what the last call has left for the next one. Calling is possible afterwards.
 func (c *Caller) Close() {
 	if c.shared != nil {
 		c.shared.cancel()
@@ -75,8 +71,8 @@ func newShared(parent context.Context, now time.Time, limit time.Duration, log *
 	s := &sharedContext{until: now.Add(limit / 64)}
 	s.Context, s.cancel = context.WithTimeoutCause(parent, Longest(limit), notify.ErrHandlerTimeout)
 	context.AfterFunc(s.Context, func() {
-		// Only calls that were given this very context are looked at: it also ends
-		// because it has grown too old, while a later call runs with another.
+		// Only calls that were given this very context are looked at: it also ends because it has grown too
+		// old, while a later call runs with another.
 		overrun := s.began.Load()
 		if overrun == 0 || context.Cause(s.Context) != notify.ErrHandlerTimeout {
 			return
@@ -92,9 +88,13 @@ func newShared(parent context.Context, now time.Time, limit time.Duration, log *
 
 // Limits bound the calls of a channel's handler, whatever its mode.
 type Limits struct {
-	Concurrency int           `env:"CONCURRENCY,default=1" usage:"handlers at once per channel; 1 keeps the order"`
+	Concurrency int           `env:"CONCURRENCY,default=1" max:"10000" usage:"handlers at once per channel; 1 keeps the order"`
 	Timeout     time.Duration `env:"HANDLER_TIMEOUT,default=30s" usage:"time limit of one attempt"`
+	LateAfter   time.Duration `env:"LATE_AFTER,default=5m" usage:"not ready when work waits and nothing has succeeded for that long; at least twice HANDLER_TIMEOUT"`
 }
+
+// Late returns how long work may wait without any success.
+func (l Limits) Late() time.Duration { return max(l.LateAfter, 2*l.Timeout) }
 
 // Stats count the calls of a handler since the start. Their owner locks.
 type Stats struct {
@@ -110,4 +110,56 @@ func (s *Stats) Observe(took time.Duration, err error) {
 		s.Failed++
 	}
 	s.Seconds.Observe(took)
+}
+
+// Stats are the figures.
+func (s *Stats) Stats() []notify.Stat {
+	return []notify.Stat{
+		{Name: "pglistener_handler_failures_total", Kind: "counter", Help: "Calls of a handler that failed.", Value: float64(s.Failed)},
+		{Name: "pglistener_handler_retries_total", Kind: "counter", Help: "Failed calls that were to be repeated.", Value: float64(s.Retried)},
+		{Name: "pglistener_handler_duration_seconds", Kind: "histogram", Help: "Length of the calls of a handler.", Histogram: s.Seconds},
+	}
+}
+
+// Item counts what became of notifications, doorbell runs and rows, by result.
+func Item(result string, n uint64) notify.Stat {
+	return notify.Stat{Name: "pglistener_items_total", Kind: "counter", Value: float64(n), Labels: []string{"result", result},
+		Help: "Notifications, doorbell runs and rows of the outbox, by what became of them."}
+}
+
+// Kind is a text that is the same for errors that are alike, for retry.Failures.
+func Kind(err error) string {
+	switch {
+	case notify.IsUnavailable(err):
+		return "unavailable"
+	case notify.IsPermanent(err):
+		return "permanent"
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, notify.ErrHandlerTimeout):
+		return "timeout"
+	}
+	return "other"
+}
+
+// What is logged of a channel whose receiver is away.
+const (
+	Paused  = "channel paused: its receiver is unavailable; one try at a time until it is back"
+	Resumed = "channel resumed: its receiver is back"
+)
+
+// PausedTooLong returns why a channel is not ready that has been paused for more than a minute.
+func PausedTooLong(b *retry.Breaker) error {
+	since, cause := b.Since()
+	if paused := time.Since(since); b.Open() && paused > time.Minute {
+		return fmt.Errorf("it has been paused for %v because its receiver is unavailable: %w", paused.Round(time.Second), cause)
+	}
+	return nil
+}
+
+// PausedStat is the figure of a Breaker.
+func PausedStat(b *retry.Breaker) notify.Stat {
+	s := notify.Stat{Name: "pglistener_channel_paused", Kind: "gauge", Help: "1 while the channel is paused because its receiver is unavailable."}
+	if b.Open() {
+		s.Value = 1
+	}
+	return s
 }

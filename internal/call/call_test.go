@@ -22,8 +22,8 @@ func sleeper(d time.Duration) Func {
 
 const stillRunning = "handler is still running after its time limit"
 
-// The context of the first call grows too old and is cancelled while the second
-// runs: that must not be taken for the second one's time limit.
+// The context of the first call grows too old and is cancelled while the second runs: that must not be taken
+// for the second one's time limit.
 func TestNoFalseAlarmOfLongCalls(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		lg := testkit.NewLogs(t)

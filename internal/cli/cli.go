@@ -1,5 +1,4 @@
-// Package cli finds out what the command line asks for. Everything else is set by
-// the environment.
+// Package cli finds out what the command line asks for. Everything else is set by the environment.
 package cli
 
 import (
@@ -36,8 +35,8 @@ type Command struct {
 	Run   func(ctx context.Context, e Env) int
 }
 
-// Parse returns the command that args ask for. No error shows an argument that is
-// no flag, nor the value of one: a connection string may hold a password.
+// Parse returns the command that args ask for. No error shows an argument that is no flag, nor the value of
+// one: a connection string may hold a password.
 func Parse(args []string, commands []Command) (Command, error) {
 	name := ""
 	if len(args) > 0 {

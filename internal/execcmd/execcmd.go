@@ -1,12 +1,10 @@
-// Package execcmd is the handler exec:PROGRAM [ARG...]: it runs a program for
-// each notification.
+// Package execcmd is the handler exec:PROGRAM [ARG...]: it runs a program for each notification.
 package execcmd
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"strconv"
 	"strings"
@@ -15,16 +13,17 @@ import (
 	"github.com/pglistener/pglistener/internal/proc"
 )
 
-// handler runs a program for each notification. There is no shell, and the
-// payload goes to stdin only, so no payload can become a command.
+// handler runs a program for each notification. There is no shell, and the payload goes to stdin only, so no
+// payload can become a command.
 type handler struct {
-	path  string
-	args  []string
-	setup notify.Setup
+	path    string
+	args    []string
+	environ []string // besides the notification's
+	setup   notify.Setup
 }
 
 // New makes the handler of "PROGRAM [ARG...]", split on blanks.
-func New(command string, s notify.Setup) (notify.Handler, error) {
+func New(command string, programs proc.Settings, s notify.Setup) (notify.Handler, error) {
 	words := strings.Fields(command)
 	if len(words) == 0 {
 		return nil, errors.New("exec needs a program: exec:PROGRAM [ARG...]")
@@ -33,16 +32,23 @@ func New(command string, s notify.Setup) (notify.Handler, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &handler{path: path, args: words[1:], setup: s}, nil
+	return &handler{path: path, args: words[1:], environ: programs.Environ(), setup: s}, nil
 }
 
-// Handle runs the program and returns an error unless it exits with 0. When ctx
-// ends, the whole process group is asked to end with SIGTERM and killed after a
-// grace period; then, and only then, Handle returns. What the program leaves
-// running in its group is killed too, so that two runs never overlap.
+// Exit codes that mean something, from sysexits.h.
+const (
+	dataErr     = 65 // EX_DATAERR: the payload is wrong and always will be
+	unavailable = 69 // EX_UNAVAILABLE: what the program depends on is away
+	tempFail    = 75 // EX_TEMPFAIL: likewise
+)
+
+// Handle runs the program and returns an error unless it exits with 0. 65 is permanent, 69 and 75 say that what
+// it depends on is unavailable. When ctx ends, the whole process group is asked to end with SIGTERM and killed
+// after a grace period; then, and only then, Handle returns. What the program leaves running in its group is
+// killed too, so that two runs never overlap.
 func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 	cmd := proc.Command(ctx, h.setup.Grace, h.path, h.args...)
-	cmd.Env = append(os.Environ(),
+	cmd.Env = append(h.environ[:len(h.environ):len(h.environ)],
 		"PGLISTENER_CHANNEL="+n.Channel,
 		"PGLISTENER_ID="+n.ID(),
 		"PGLISTENER_PID="+strconv.Itoa(n.PID),
@@ -64,8 +70,15 @@ func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 		return nil
 	case err != nil && ctx.Err() != nil:
 		return fmt.Errorf("%s: stopped: %w", h.path, context.Cause(ctx))
-	case err != nil:
-		return fmt.Errorf("%s: %w", h.path, err)
+	case err == nil:
+		return nil
 	}
-	return nil
+	err = fmt.Errorf("%s: %w", h.path, err)
+	switch cmd.ProcessState.ExitCode() { // -1 if it has not been started
+	case dataErr:
+		return notify.Permanent(err)
+	case unavailable, tempFail:
+		return notify.Unavailable(err)
+	}
+	return err
 }

@@ -3,8 +3,10 @@ package execcmd
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -24,7 +26,7 @@ func script(t *testing.T, lines string) (notify.Handler, *testkit.Logs) {
 		t.Fatal(err)
 	}
 	lg := testkit.NewLogs(t)
-	h, err := New(path+" arg1  arg2", notify.Setup{Log: lg.Logger(), Grace: grace})
+	h, err := New(path+" arg1  arg2", proc.Settings{}, notify.Setup{Log: lg.Logger(), Grace: grace})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,7 +103,7 @@ func TestExecIsStoppedWithItsChildren(t *testing.T) {
 			if err := os.WriteFile(path, []byte("#!/bin/sh\necho $$ > \"$1\"\n"+body+"\n"), 0o755); err != nil {
 				t.Fatal(err)
 			}
-			h, err := New(path+" "+pids, notify.Setup{Log: testkit.NewLogs(t).Logger(), Grace: grace})
+			h, err := New(path+" "+pids, proc.Settings{}, notify.Setup{Log: testkit.NewLogs(t).Logger(), Grace: grace})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -135,4 +137,55 @@ func TestExecKillsWhatItLeavesBehind(t *testing.T) {
 	pid := lg.Wait(t, "output", 1)["line"].(string)
 	testkit.Eventually(t, "the child still runs", func() bool { return !alive(pid) })
 	lg.Wait(t, "program left processes behind", 1)
+}
+
+func TestExecExitCodes(t *testing.T) {
+	t.Parallel()
+	for code, want := range map[int][2]bool{1: {}, 64: {}, 65: {true, false}, 66: {}, 69: {false, true}, 75: {false, true}, 255: {}} {
+		h, _ := script(t, fmt.Sprintf("exit %d", code))
+		err := h.Handle(t.Context(), notify.Notification{})
+		if got := [2]bool{notify.IsPermanent(err), notify.IsUnavailable(err)}; err == nil || got != want {
+			t.Errorf("exit %d: %v, permanent and unavailable %v, want %v", code, err, got, want)
+		}
+	}
+	h, _ := script(t, "kill -9 $$")
+	if err := h.Handle(t.Context(), notify.Notification{}); err == nil || notify.IsPermanent(err) || notify.IsUnavailable(err) {
+		t.Errorf("killed: %v", err)
+	}
+}
+
+// What only the listener needs is not handed to programs.
+func TestExecInheritsNoSecrets(t *testing.T) {
+	for _, name := range []string{"WEBHOOK_SECRET", "ORDERS_WEBHOOK_AUTHORIZATION", "WEBHOOK_SECRET_FILE", "CHANNELS", "ORDERS_HANDLER", "NOTIFY_SOCKET", "WATCHDOG_USEC", "DATABASE_URL", "APP_KEY"} {
+		t.Setenv(name, "hunter2-"+name)
+	}
+	inherited := func(pass string) string {
+		t.Helper()
+		path := filepath.Join(t.TempDir(), "script")
+		if err := os.WriteFile(path, []byte("#!/bin/sh\nenv\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		lg := testkit.NewLogs(t)
+		h, err := New(path, proc.Settings{Pass: pass}, notify.Setup{Log: lg.Logger(), Grace: grace})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := h.Handle(t.Context(), notify.Notification{Channel: "orders"}); err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, line := range lg.All("output") {
+			if name, value, _ := strings.Cut(line["line"].(string), "="); strings.HasPrefix(value, "hunter2-") || name == "PATH" || name == "PGLISTENER_CHANNEL" {
+				names = append(names, name)
+			}
+		}
+		slices.Sort(names)
+		return strings.Join(names, " ")
+	}
+	if got, want := inherited(""), "APP_KEY DATABASE_URL PATH PGLISTENER_CHANNEL"; got != want {
+		t.Errorf("inherits %s, want %s", got, want)
+	}
+	if got, want := inherited("APP_KEY,OTHER"), "APP_KEY PATH PGLISTENER_CHANNEL"; got != want {
+		t.Errorf("with ENV_PASS it inherits %s, want %s", got, want)
+	}
 }

@@ -44,8 +44,7 @@ func Start(s Settings, source Source, version string, log *slog.Logger) (end fun
 	return server.Close, nil
 }
 
-// Serve listens on addr and serves on a goroutine of its own. version is shown as
-// a metric's label.
+// Serve listens on addr and serves on a goroutine of its own. version is shown as a metric's label.
 func Serve(addr string, source Source, version string, log *slog.Logger) (*Server, error) {
 	ln, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -56,7 +55,7 @@ func Serve(addr string, source Source, version string, log *slog.Logger) (*Serve
 	mux.HandleFunc("GET /readyz", answer(source.Ready))
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		_, _ = w.Write(Exposition(append(source.Stats(), notify.Stat{
+		_, _ = w.Write(Exposition(append(append(source.Stats(), process()...), notify.Stat{
 			Name: "pglistener_build_info", Kind: "gauge", Help: "1, with the version as a label.", Labels: []string{"version", version}, Value: 1,
 		})))
 	})
@@ -95,15 +94,15 @@ func (s *Server) Close() {
 	<-s.served
 }
 
-// Ask asks the listener that serves HTTP_ADDR for a path, for a container's health
-// check, where there is no curl. It prints the answer, and returns whether it
-// was 200. It blocks for three seconds at most.
-func Ask(lookup func(string) (string, bool), path string, stdout io.Writer) (ok bool) {
+// Ask asks the listener that serves HTTP_ADDR for a path, for a container's health check, where there is no
+// curl. It prints the answer, and returns the exit code: 0 when it was 200, else 1. It blocks for three seconds
+// at most.
+func Ask(lookup func(string) (string, bool), path string, stdout io.Writer) (code int) {
 	addr, _ := lookup("HTTP_ADDR")
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil || port == "" {
 		fmt.Fprintln(stdout, "HTTP_ADDR is not set: the listener cannot be asked")
-		return false
+		return 1
 	}
 	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
 		host = "localhost"
@@ -112,11 +111,14 @@ func Ask(lookup func(string) (string, bool), path string, stdout io.Writer) (ok 
 	res, err := client.Get("http://" + net.JoinHostPort(host, port) + path)
 	if err != nil {
 		fmt.Fprintln(stdout, "no answer:", err)
-		return false
+		return 1
 	}
 	defer res.Body.Close()
 	_, _ = io.CopyN(stdout, res.Body, 4<<10) // ends with an EOF that is no error here
-	return res.StatusCode == http.StatusOK
+	if res.StatusCode != http.StatusOK {
+		return 1
+	}
+	return 0
 }
 
 // answer makes 200 of nil and 503 of an error.

@@ -1,9 +1,13 @@
-// Package logs makes the program's logger.
+// Package logs makes the program's logger, which never stops the work when nobody
+// reads stderr.
 package logs
 
 import (
+	"bytes"
+	"context"
 	"io"
 	"log/slog"
+	"time"
 )
 
 // Settings are the variables of the log.
@@ -12,8 +16,96 @@ type Settings struct {
 	Format string `env:"LOG_FORMAT,default=text" oneof:"text json" usage:"text or json, on stderr"`
 }
 
-// New makes a logger that writes to w as the settings say; unknown words mean the defaults.
-func New(s Settings, w io.Writer) *slog.Logger {
+// New makes a plain logger that writes to w as the settings say; unknown words mean
+// the defaults. It blocks for as long as w blocks: the program uses Open.
+func New(s Settings, w io.Writer) *slog.Logger { return slog.New(newHandler(s, w)) }
+
+// Open makes the program's logger and the Writer through which it writes to out.
+// Logging is synchronous while out takes lines, and drops them while out blocks, as
+// Writer.Write says; the line that tells how many is written at every LOG_LEVEL.
+func Open(s Settings, out io.Writer) (*slog.Logger, *Writer) {
+	w := newWriter(out, func(n uint64) []byte {
+		var line bytes.Buffer
+		r := slog.NewRecord(time.Now(), slog.LevelWarn, "log lines were dropped because stderr was not read", 0)
+		r.Add("dropped", n)
+		_ = newHandler(s, &line).Handle(context.Background(), r) // a Buffer does not fail
+		return line.Bytes()
+	})
+	f := &formatter{lock: make(chan struct{}, 1)}
+	return slog.New(&handler{Handler: newHandler(s, w), sure: newHandler(s, f), formatter: f, w: w}), w
+}
+
+// Write logs at level INFO a line that must not be lost, because it is the work
+// itself. It waits until the line has been written or ctx ends; any goroutine may
+// call it. Of a logger that Open made, its error is that of Writer.WriteContext; of
+// any other, its handler's. When LOG_LEVEL leaves out INFO it returns nil at once.
+func Write(ctx context.Context, log *slog.Logger, msg string, args ...any) error {
+	if !log.Enabled(ctx, slog.LevelInfo) {
+		return nil
+	}
+	r := slog.NewRecord(time.Now(), slog.LevelInfo, msg, 0)
+	r.Add(args...)
+	return log.Handler().Handle(context.WithValue(ctx, sureKey{}, true), r)
+}
+
+// sureKey marks the context of a record that must not be dropped.
+type sureKey struct{}
+
+// handler formats records for a Writer. It has two handlers of slog with the same
+// attributes, because each holds a lock of its own while it writes: the embedded one
+// writes to w, which is bounded, and sure writes to formatter only, so that a sure
+// record that waits holds no lock that another record needs.
+type handler struct {
+	slog.Handler
+	sure      slog.Handler
+	formatter *formatter
+	w         *Writer
+}
+
+// formatter keeps the line that handler.sure has formatted last. Whoever holds lock,
+// which is taken by sending, owns the rest.
+type formatter struct {
+	lock chan struct{}
+	line []byte
+}
+
+// Write implements io.Writer for handler.sure.
+func (f *formatter) Write(p []byte) (int, error) {
+	f.line = bytes.Clone(p)
+	return len(p), nil
+}
+
+func (h *handler) Handle(ctx context.Context, r slog.Record) error {
+	if ctx.Value(sureKey{}) == nil {
+		return h.Handler.Handle(ctx, r)
+	}
+	line, err := h.format(ctx, r)
+	if err != nil {
+		return err
+	}
+	return h.w.WriteContext(ctx, line)
+}
+
+func (h *handler) format(ctx context.Context, r slog.Record) ([]byte, error) {
+	select {
+	case h.formatter.lock <- struct{}{}:
+	case <-ctx.Done():
+		return nil, notWritten(ctx)
+	}
+	defer func() { <-h.formatter.lock }()
+	err := h.sure.Handle(ctx, r)
+	return h.formatter.line, err
+}
+
+func (h *handler) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return &handler{h.Handler.WithAttrs(attrs), h.sure.WithAttrs(attrs), h.formatter, h.w}
+}
+
+func (h *handler) WithGroup(name string) slog.Handler {
+	return &handler{h.Handler.WithGroup(name), h.sure.WithGroup(name), h.formatter, h.w}
+}
+
+func newHandler(s Settings, w io.Writer) slog.Handler {
 	var level slog.Level
 	_ = level.UnmarshalText([]byte(s.Level))
 	options := &slog.HandlerOptions{Level: level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
@@ -23,7 +115,7 @@ func New(s Settings, w io.Writer) *slog.Logger {
 		return a
 	}}
 	if s.Format == "json" {
-		return slog.New(slog.NewJSONHandler(w, options))
+		return slog.NewJSONHandler(w, options)
 	}
-	return slog.New(slog.NewTextHandler(w, options))
+	return slog.NewTextHandler(w, options)
 }

@@ -11,98 +11,145 @@ import (
 
 // claim fetches due rows until stop ends.
 func (o *Outbox) claim(stop context.Context) {
-	timer := time.NewTimer(0)
-	defer timer.Stop()
 	expiry := time.NewTicker(o.margin / 2)
 	defer expiry.Stop()
 	var failures retry.Failures
 	pause := retry.Backoff{Min: 100 * time.Millisecond, Max: 5 * time.Second}
 	stalled := 0 // times in a row that rows were due and could not be had
 	for stop.Err() == nil {
-		room := o.room()
+		room, wait := o.room()
 		if room == 0 {
-			select {
-			case <-o.taken:
-			case <-stop.Done():
-			case <-expiry.C:
-				o.expire()
-			}
+			o.await(stop, expiry.C, o.taken, wait)
 			continue
 		}
-		jobs, err := o.store.claim(room)
-		o.push(jobs)
-		drained := len(jobs) < room
-		if err == nil {
-			err = o.count(drained)
-		}
-		if err == nil && !drained {
-			failures.Reset()
-			continue
-		}
-		// Nothing more is due now. When is it?
-		var next time.Duration
-		if err == nil {
-			next, err = o.store.nextDue()
-		}
+		claimed, next, err := o.fetch(room)
 		if err != nil {
 			attempt, shouldLog := failures.Count(pgconn.Kind(err))
 			if shouldLog {
-				o.log.Error("outbox cannot be read; trying again", "attempt", attempt, "error", err, "hint", o.store.table.hint(err))
+				hint := o.store.hint(err)
+				o.log.Error("outbox cannot be read; trying again", "attempt", attempt, "error", err, "hint", hint)
+				o.readable(err, hint)
 			}
 			retry.Sleep(stop, pause.After(attempt))
 			continue
 		}
 		failures.Reset()
-		if stalled++; next > 0 || len(jobs) > 0 {
+		if stalled++; next > 0 || claimed > 0 {
 			stalled = 0
 		}
-		// Somebody else has locked what is due, and may hold it for long.
-		timer.Reset(max(next, pause.After(stalled), time.Millisecond))
-		for asleep := true; asleep; {
-			select {
-			case <-timer.C:
-				asleep = false
-			case <-o.wake:
-				asleep = false
-			case <-stop.Done():
-				asleep = false
-			case <-expiry.C:
-				o.expire()
-			}
+		if claimed == room {
+			continue
 		}
-		timer.Stop()
+		// Somebody else has locked what is due, and may hold it for long.
+		o.await(stop, expiry.C, o.wake, max(next, pause.After(stalled), time.Millisecond))
 	}
 }
 
-// room is how many rows to claim now; 0 means that there are enough.
-func (o *Outbox) room() int {
+// fetch claims rows, and returns how many. When fewer than room are due, next is when to look again. What it
+// finds out is known to Ready at once.
+func (o *Outbox) fetch(room int) (claimed int, next time.Duration, err error) {
+	defer func() { o.readable(err, "") }()
+	if err = o.keepSchedule(); err != nil {
+		return 0, 0, err
+	}
+	jobs, err := o.store.claim(room)
+	o.push(jobs)
+	drained := err == nil && len(jobs) < room
+	if drained {
+		if next, err = o.store.nextDue(); next > 0 {
+			o.drained()
+		}
+	}
+	if drained && err == nil {
+		err = o.pool.lookForStrangers(o.store, o.log)
+	}
+	if err != nil {
+		return len(jobs), 0, err
+	}
+	due, err := o.count(drained)
+	return len(jobs), min(next, due), err
+}
+
+// keepSchedule makes sure of the row of NAME_SCHEDULE at the start, and when the channel was asked to catch up.
+func (o *Outbox) keepSchedule() error {
+	o.mu.Lock()
+	due := o.keep
+	o.mu.Unlock()
+	if !due {
+		return nil
+	}
+	if err := o.store.keepSchedule(scheduleKey, o.options.Schedule); err != nil {
+		return err
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	// Slow jobs are claimed as slots come free, quick ones ahead, so that a
-	// round trip to the server is not what they wait for.
+	o.keep = false
+	return nil
+}
+
+// scheduleKey is the key of the row of NAME_SCHEDULE.
+const scheduleKey = "pglistener schedule"
+
+// await waits until something is said on c, stop ends, or d has passed. Meanwhile it gives back what has been
+// claimed for too long.
+func (o *Outbox) await(stop context.Context, expiry <-chan time.Time, c <-chan struct{}, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+			return
+		case <-c:
+			return
+		case <-stop.Done():
+			return
+		case <-expiry:
+			o.expire()
+		}
+	}
+}
+
+// slowTry is how long a try of a paused channel may take before another is begun.
+const slowTry = 2 * time.Second
+
+// room is how many rows to claim now; 0 means none until taken says so, or wait has passed.
+func (o *Outbox) room() (rows int, wait time.Duration) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	free := o.options.Concurrency - o.running - len(o.buffer)
+	if o.breaker.Open() {
+		if free <= 0 {
+			return 0, time.Hour
+		}
+		if wait = o.breaker.Try(time.Now(), slowTry); wait > 0 {
+			return 0, wait
+		}
+		return 1, 0
+	}
+	// Slow jobs are claimed as slots come free, quick ones ahead, so that a round trip to the server is not
+	// what they wait for.
 	ahead := prefetchRows
 	if o.handling > 0 {
-		ahead = min(ahead, int(time.Duration(o.workers)*prefetchTime/o.handling))
+		ahead = min(ahead, int(time.Duration(o.options.Concurrency)*prefetchTime/o.handling))
 	}
 	if o.size > 0 {
 		ahead = min(ahead, prefetchBytes/o.size)
 	}
-	if o.counts.done+o.counts.retried+o.counts.failed == 0 {
+	if o.calls.OK+o.calls.Failed == 0 {
 		ahead = 0 // nothing is known yet
 	}
 	if len(o.results) > prefetchRows {
-		return 0 // the writer is behind, and is to catch up first
+		return 0, time.Hour // the writer is behind, and is to catch up first
 	}
 	o.low = ahead / 2
-	free := o.workers - o.running - len(o.buffer)
 	if len(o.buffer) > o.low {
-		return max(free, 0)
+		return max(free, 0), time.Hour
 	}
-	return max(free, ahead-len(o.buffer))
+	return max(free, ahead-len(o.buffer)), time.Hour
 }
 
-// expire has rows given back that were claimed ahead and wait for jobs that have turned slow:
-// another replica may have a free slot, and their lease must outlive the handler.
+// expire has rows given back that were claimed ahead and wait for jobs that have turned slow: another replica
+// may have a free slot, and their lease must outlive the handler.
 func (o *Outbox) expire() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -118,13 +165,19 @@ func (o *Outbox) expire() {
 	}
 }
 
+// push gives claimed jobs to the workers.
 func (o *Outbox) push(jobs []job) {
 	if len(jobs) == 0 {
 		return
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.buffer = append(o.buffer, jobs...)
+	o.begins()
+	paused := o.breaker.Open()
+	for _, j := range jobs {
+		j.try = paused
+		o.buffer = append(o.buffer, j)
+	}
 	if len(jobs) == 1 {
 		o.ready.Signal()
 	} else {

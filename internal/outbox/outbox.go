@@ -1,10 +1,11 @@
-// Package outbox is the mode outbox: a notification on the channel is only a
-// hint; the work is the rows of a table, and every row is handled at least once,
-// whatever is killed (DESIGN section 6).
+// Package outbox is the mode outbox: a notification on the channel is only a hint; the work is the rows of a
+// table, and every row is handled at least once, whatever is killed (DESIGN section 6).
 package outbox
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -17,48 +18,73 @@ import (
 
 // Settings are the variables of an outbox channel.
 type Settings struct {
-	Table    string `env:"OUTBOX_TABLE,default=outbox" usage:"table of the outbox channels, NAME or SCHEMA.NAME"`
-	Attempts int    `env:"OUTBOX_ATTEMPTS,default=20" usage:"attempts before a row of the outbox is kept as failed"`
+	Table string `env:"OUTBOX_TABLE,default=outbox" usage:"table of the outbox channels, NAME or SCHEMA.NAME"`
+	// With the pauses between them 110 attempts take three days.
+	Attempts int `env:"OUTBOX_ATTEMPTS,default=110" max:"100000" usage:"attempts before a row of the outbox is kept as failed; 110 take three days"`
 }
 
-// Outbox drains the rows of one channel. It is a notify.Handler of which Handle
-// and CatchUp only wake it; Run does the work.
+// Options say how an Outbox works.
+type Options struct {
+	Settings
+	call.Limits
+	DSN     string        // of the database
+	Timeout time.Duration // of every answer of the server
+
+	// Next returns the next time of a schedule after now; nominal is the time of the run before. The zero time
+	// means never. Without it rows that have a schedule fail.
+	Next func(schedule string, nominal, now time.Time) (time.Time, error)
+	// Schedule is that of the one row that the channel always has; "" if it has none.
+	Schedule string
+}
+
+// Outbox drains the rows of one channel. It is a notify.Handler of which Handle and CatchUp only wake it; Run
+// does the work.
 type Outbox struct {
-	channel  string
-	handler  notify.Handler
-	log      *slog.Logger
-	store    store
-	pool     *Pool
-	workers  int           // CONCURRENCY
-	timeout  time.Duration // HANDLER_TIMEOUT
-	margin   time.Duration // how long a claimed row may wait before it is begun
-	attempts int           // OUTBOX_ATTEMPTS
-	retry    retry.Backoff
+	channel string
+	handler notify.Handler
+	log     *slog.Logger
+	store   store
+	pool    *Pool
+	options Options
+	margin  time.Duration // how long a claimed row may wait before it is begun
+	retry   retry.Backoff
 
 	wake chan struct{} // capacity 1: there may be something due
 
-	mu       sync.Mutex
+	mu       sync.Mutex    // guards what follows
 	buffer   []job         // claimed, not begun; in order
 	ready    *sync.Cond    // of mu: the buffer has grown, or the end has come
 	stopping bool          // begin nothing more
+	keep     bool          // the row of NAME_SCHEDULE is to be made sure of
 	running  int           // handlers
 	low      int           // when the buffer is down to this, more is claimed
 	results  []result      // not yet written
-	stale    []job         // claimed and not begun for too long: to be given back
+	locked   []result      // of rows that an open transaction holds
+	stale    []job         // claimed and not begun: to be given back
 	written  chan struct{} // capacity 1: there are results
 	taken    chan struct{} // capacity 1: the buffer has shrunk
 	handling time.Duration // how long a handler takes, as a moving average
 	size     int           // of a payload, likewise
+	breaker  retry.Breaker
+	failures retry.Failures // of the handler
 	counts   counts
+	calls    call.Stats
+	health   health
 }
 
 // job is a claimed row.
 type job struct {
 	id       int64
+	event    string // the idempotency key
 	payload  string
-	attempts int
-	runAt    string    // before it was claimed, as the server writes it
-	order    float64   // the same, in seconds
+	attempts int // 0: of its schedule the first time is yet to be found
+	schedule string
+	keyed    bool
+	xmin     string // changes when somebody else changes the row
+	created  time.Time
+	runAt    time.Time
+	due      time.Time // since when it has been due, failures apart: the nominal time of a schedule
+	try      bool      // claimed to find out whether the receiver is back
 	claimed  time.Time // by our own clock, which never runs further than the lease
 }
 
@@ -68,54 +94,44 @@ type result struct {
 	err error // nil: done
 }
 
-// counts are for the metrics.
-type counts struct {
-	done, retried, failed, leaseLost, givenBack int
-
-	waiting, delayed, dead int // rows, when they were counted last
-	oldest                 time.Duration
-	counted                time.Time
-}
-
 // prefetch bounds what is claimed ahead.
 const (
 	prefetchTime  = 50 * time.Millisecond // of work, so that a row hardly waits where another replica could take it
 	prefetchRows  = 2000
 	prefetchBytes = 16 << 20
-	countInterval = 15 * time.Second
 )
 
-// New makes an Outbox that gives the rows of its channel to h, through the
-// connections of pool to the database dsn, of which every answer is due within
-// timeout. Call Run once; it releases the pool.
-func New(h notify.Handler, pool *Pool, dsn string, timeout time.Duration, s Settings, l call.Limits, setup notify.Setup) (*Outbox, error) {
-	t, err := parseTable(s.Table)
+// New makes an Outbox that gives the rows of its channel to h, through the connections of pool. Call Run once;
+// it releases the pool.
+func New(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (*Outbox, error) {
+	t, err := parseTable(options.Table)
 	if err != nil {
 		return nil, fmt.Errorf("OUTBOX_TABLE: %w", err)
 	}
-	db, err := pool.acquire(dsn, timeout)
+	db, err := pool.acquire(setup.Channel, options.DSN, options.Timeout)
 	if err != nil {
 		return nil, err
 	}
 	o := &Outbox{
-		channel:  setup.Channel,
-		handler:  h,
-		log:      setup.Log,
-		pool:     pool,
-		workers:  l.Concurrency,
-		timeout:  l.Timeout,
-		margin:   10 * time.Second,
-		attempts: s.Attempts,
-		retry:    retry.Backoff{Min: 2 * time.Second, Max: time.Hour},
-		wake:     make(chan struct{}, 1),
-		written:  make(chan struct{}, 1),
-		taken:    make(chan struct{}, 1),
+		channel: setup.Channel,
+		handler: h,
+		log:     setup.Log,
+		pool:    pool,
+		options: options,
+		margin:  10 * time.Second,
+		retry:   retry.Backoff{Min: 2 * time.Second, Max: time.Hour},
+		wake:    make(chan struct{}, 1),
+		written: make(chan struct{}, 1),
+		taken:   make(chan struct{}, 1),
 	}
 	o.ready = sync.NewCond(&o.mu)
-	// The lease outlives the wait for a slot, the handler, its end after the time
-	// limit, and the writing of the result.
-	lease := o.margin + call.Longest(l.Timeout) + setup.Grace + o.margin
-	o.store = store{db: db, table: t, channel: setup.Channel, lease: lease}
+	o.health.retrying = map[int64]time.Time{}
+	// The lease outlives the wait for a slot, the handler, its end after the time limit, and the writing of the
+	// result.
+	lease := o.margin + call.Longest(options.Limits.Timeout) + setup.Grace + o.margin
+	owner := make([]byte, 16)
+	_, _ = rand.Read(owner) // it never fails
+	o.store = store{db: db, table: t, channel: setup.Channel, owner: hex.EncodeToString(owner), lease: lease}
 	return o, nil
 }
 
@@ -127,6 +143,9 @@ func (o *Outbox) Handle(context.Context, notify.Notification) error {
 
 // CatchUp wakes the drain: rows may have been inserted.
 func (o *Outbox) CatchUp(context.Context) error {
+	o.mu.Lock()
+	o.keep = true
+	o.mu.Unlock()
 	o.poke()
 	return nil
 }
@@ -143,9 +162,12 @@ func nudge(c chan struct{}) {
 
 // Run implements Runner.
 func (o *Outbox) Run(stop, quit context.Context) {
-	defer o.pool.release()
+	defer o.pool.release(o.channel)
 	var workers, writer sync.WaitGroup
-	for range o.workers {
+	o.mu.Lock()
+	o.health.progress, o.keep = time.Now(), true
+	o.mu.Unlock()
+	for range o.options.Concurrency {
 		workers.Go(func() { o.work(quit) })
 	}
 	written := make(chan struct{})
@@ -169,8 +191,8 @@ func (o *Outbox) Run(stop, quit context.Context) {
 	select {
 	case <-finished:
 	case <-quit.Done():
-		// Handlers that obey their context are done in a moment, and their rows can still be
-		// written as failed; the others' rows are due again when their lease ends.
+		// Handlers that obey their context are done in a moment, and their rows can still be written as failed;
+		// the others' rows are due again when their lease ends.
 		select {
 		case <-finished:
 		case <-time.After(2 * time.Second):

@@ -21,6 +21,7 @@ import (
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 	"github.com/pglistener/pglistener/internal/retry"
+	"github.com/pglistener/pglistener/internal/schedule"
 )
 
 func TestMain(m *testing.M) { os.Exit(testkit.Main(m)) }
@@ -38,7 +39,14 @@ type config struct {
 	dsn, table, channel   string
 	concurrency, attempts int
 	timeout               time.Duration
+	schedule              string
 	tweak                 func(*Outbox)
+}
+
+// next is the Next that the program has.
+func next(text string, nominal, now time.Time) (time.Time, error) {
+	s, err := schedule.Parse(text, time.UTC)
+	return s.Next(nominal, now), err
 }
 
 // run runs an Outbox until the test ends.
@@ -55,9 +63,11 @@ func run(t *testing.T, c config, h notify.Handler) *running {
 	}
 	r := &running{Logs: testkit.NewLogs(t)}
 	var err error
-	r.Outbox, err = New(h, new(Pool), c.dsn, 5*time.Second, Settings{Table: c.table, Attempts: max(c.attempts, 1)},
-		call.Limits{Concurrency: max(c.concurrency, 1), Timeout: c.timeout},
-		notify.Setup{Channel: c.channel, Log: r.Logger(), Grace: time.Second})
+	r.Outbox, err = New(h, new(Pool), Options{
+		Settings: Settings{Table: c.table, Attempts: max(c.attempts, 1)},
+		Limits:   call.Limits{Concurrency: max(c.concurrency, 1), Timeout: c.timeout, LateAfter: time.Minute},
+		DSN:      c.dsn, Timeout: 5 * time.Second, Next: next, Schedule: c.schedule,
+	}, notify.Setup{Channel: c.channel, Log: r.Logger(), Grace: time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -358,8 +368,7 @@ func (r *running) claimedAhead(t *testing.T) (ahead int) {
 	return ahead
 }
 
-// What was claimed and not begun at the stop is another replica's at once, and
-// has not spent an attempt.
+// What was claimed and not begun at the stop is another replica's at once, and has not spent an attempt.
 func TestGivesBackAtShutdown(t *testing.T) {
 	t.Parallel()
 	channel, tab, s, other := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}, &seen{}

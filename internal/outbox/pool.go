@@ -2,26 +2,30 @@ package outbox
 
 import (
 	"database/sql"
+	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
+	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgconn"
 )
 
-// Pool is the two connections that all outbox channels of a process share: one
-// to claim, one to complete. It connects when it is first used, and closes them
-// when the last channel has ended. The zero Pool is ready.
+// Pool is the two connections that all outbox channels of a process share: one to claim, one to complete. It
+// connects when it is first used, and closes them when the last channel has ended. The zero Pool is ready.
 type Pool struct {
-	mu    sync.Mutex
-	db    *sql.DB
-	users int
+	mu       sync.Mutex
+	db       *sql.DB
+	channels []string // of the users, once each
+	looked   time.Time
+	unknown  map[string]int // channels that nobody here handles, with their rows
 }
 
 // acquire returns the connections. timeout bounds every answer of the server.
-func (p *Pool) acquire(dsn string, timeout time.Duration) (*sql.DB, error) {
+func (p *Pool) acquire(channel, dsn string, timeout time.Duration) (*sql.DB, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.users == 0 {
+	if len(p.channels) == 0 {
 		db, err := pgconn.OpenDB(dsn, timeout)
 		if err != nil {
 			return nil, err
@@ -31,15 +35,59 @@ func (p *Pool) acquire(dsn string, timeout time.Duration) (*sql.DB, error) {
 		db.SetConnMaxIdleTime(time.Minute)
 		p.db = db
 	}
-	p.users++
+	p.channels = append(p.channels, channel)
 	return p.db, nil
 }
 
 // release gives them back: once for each acquire.
-func (p *Pool) release() {
+func (p *Pool) release(channel string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.users--; p.users == 0 {
+	p.channels = slices.DeleteFunc(p.channels, func(c string) bool { return c == channel })
+	if len(p.channels) == 0 {
 		p.db.Close()
 	}
+}
+
+// lookForStrangers warns of rows that have been due for minutes on channels that this listener does not handle:
+// perhaps nobody does. It looks once a minute.
+func (p *Pool) lookForStrangers(s store, log *slog.Logger) error {
+	p.mu.Lock()
+	handled, recent := slices.Clone(p.channels), time.Since(p.looked) < time.Minute
+	if !recent {
+		p.looked = time.Now()
+	}
+	p.mu.Unlock()
+	if recent {
+		return nil
+	}
+	found, err := s.strangers(handled)
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for channel, n := range found {
+		if p.unknown[channel] == 0 {
+			log.Warn("rows have been due for minutes on a channel that this listener does not handle: add it to CHANNELS, or correct the channel of the rows",
+				"unhandled", channel, "rows", n)
+		}
+	}
+	p.unknown = found
+	return nil
+}
+
+// stats are the figures of all channels together; the first one tells them.
+func (p *Pool) stats(channel string) []notify.Stat {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.channels) == 0 || p.channels[0] != channel {
+		return nil
+	}
+	sum := 0
+	for _, n := range p.unknown {
+		sum += n
+	}
+	return []notify.Stat{{Name: "pglistener_outbox_unhandled_rows", Kind: "gauge", Value: float64(sum),
+		Help: "Rows that have been due for minutes on channels that this listener does not handle, up to a thousand each."}}
 }

@@ -3,60 +3,196 @@ package outbox
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
+	"github.com/pglistener/pglistener/internal/call"
 	"github.com/pglistener/pglistener/internal/notify"
 )
 
-// count counts the rows for the metrics, now and then: an idle outbox costs nothing.
-// The first time waits until nothing is due: with a great backlog it takes long.
-func (o *Outbox) count(drained bool) error {
+// counts are for the metrics.
+type counts struct {
+	done, gaveUp, leaseLost, givenBack uint64
+
+	rowCounts // as they were counted last, and as this replica has changed them since
+	counted   time.Time
+	took      time.Duration // the counting
+	changed   bool          // since then, by this replica
+}
+
+// countInterval is how old the counts of rows may be that this replica has changed.
+const countInterval = 15 * time.Second
+
+// count counts the rows, if it is time to, and returns when it is next: never sooner than a hundred times what
+// it takes, so that counting millions of rows costs the server a hundredth of one core; and not at all while
+// nothing changes. The first count waits until nothing is due: with a great backlog it takes long.
+func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 	o.mu.Lock()
-	recent := time.Since(o.counts.counted) < countInterval
-	if o.counts.counted.IsZero() && !drained {
-		o.counts.counted, recent = time.Now(), true
+	c := &o.counts
+	if c.counted.IsZero() && !drained {
+		c.counted = time.Now()
 	}
+	next = time.Until(c.counted.Add(max(countInterval, 100*c.took)))
+	changed := c.changed || c.counted.IsZero() || len(o.health.retrying) > 0
+	retrying := slices.Collect(maps.Keys(o.health.retrying))
 	o.mu.Unlock()
-	if recent {
-		return nil
+	if !changed {
+		return time.Hour, nil
 	}
-	waiting, delayed, dead, oldest, err := o.store.count()
+	if next > 0 {
+		return next, nil
+	}
+	began := time.Now()
+	var alive []int64
+	rows, err := o.store.count()
+	if err == nil && len(retrying) > 0 {
+		// Another replica, or a person, may have ended what this one has seen fail.
+		alive, err = o.store.alive(retrying)
+	}
 	if err != nil {
-		return err
+		return 0, err
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.counts.waiting, o.counts.delayed, o.counts.dead, o.counts.oldest = waiting, delayed, dead, oldest
-	o.counts.counted = time.Now()
-	return nil
+	c.rowCounts, c.counted, c.took, c.changed = rows, time.Now(), time.Since(began), false
+	for _, id := range retrying {
+		if !slices.Contains(alive, id) {
+			delete(o.health.retrying, id)
+		}
+	}
+	return countInterval, nil
 }
 
-// Stats implements Meter.
+// drained takes note that nothing is due but what is in hand, here or at another replica.
+func (o *Outbox) drained() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.counts.due, o.counts.oldest = o.running+len(o.buffer)+len(o.results), time.Time{}
+}
+
+// Stats implements notify.Meter.
 func (o *Outbox) Stats() []notify.Stat {
 	o.mu.Lock()
+	defer o.mu.Unlock()
 	c := o.counts
-	o.mu.Unlock()
-	return []notify.Stat{
-		{Name: "pglistener_outbox_rows_waiting", Kind: "gauge", Help: "Rows of the outbox that are due, when they were counted last.", Value: float64(c.waiting)},
-		{Name: "pglistener_outbox_rows_delayed", Kind: "gauge", Help: "Rows that are scheduled, to be tried again or being handled, likewise.", Value: float64(c.delayed)},
-		{Name: "pglistener_outbox_rows_failed", Kind: "gauge", Help: "Rows that were given up and wait for a person, likewise.", Value: float64(c.dead)},
-		{Name: "pglistener_outbox_oldest_waiting_seconds", Kind: "gauge", Help: "For how long the oldest due row has been due, likewise.", Value: c.oldest.Seconds()},
-		{Name: "pglistener_outbox_jobs_done_total", Kind: "counter", Help: "Rows whose handler succeeded.", Value: float64(c.done)},
-		{Name: "pglistener_outbox_jobs_retried_total", Kind: "counter", Help: "Rows whose handler failed and which are tried again.", Value: float64(c.retried)},
-		{Name: "pglistener_outbox_jobs_failed_total", Kind: "counter", Help: "Rows that were given up.", Value: float64(c.failed)},
-		{Name: "pglistener_outbox_jobs_given_back_total", Kind: "counter", Help: "Rows claimed and not begun when the listener stopped.", Value: float64(c.givenBack)},
-		{Name: "pglistener_outbox_leases_lost_total", Kind: "counter", Help: "Rows whose handler outlived its lease, so that its result was not written.", Value: float64(c.leaseLost)},
+	rows := func(state string, n int) notify.Stat {
+		return notify.Stat{Name: "pglistener_outbox_rows", Kind: "gauge", Labels: []string{"state", state}, Value: float64(n),
+			Help: "Rows of the outbox: due (waiting or being handled), delayed (for later, or to be tried again), or failed (given up)."}
+	}
+	age := notify.Stat{Name: "pglistener_outbox_oldest_seconds", Kind: "gauge", Help: "For how long the oldest row has been due that waits or is tried again."}
+	if oldest := o.oldest(); !oldest.IsZero() {
+		age.Value = max(0, time.Since(oldest).Seconds())
+	}
+	stats := []notify.Stat{
+		call.Item("done", c.done), call.Item("failed", c.gaveUp), call.Item("given_back", c.givenBack), call.Item("lease_lost", c.leaseLost),
+		rows("due", c.due), rows("delayed", c.delayed), rows("failed", c.failed),
+		age, call.PausedStat(&o.breaker),
+	}
+	stats = append(stats, o.pool.stats(o.channel)...)
+	return append(stats, o.calls.Stats()...)
+}
+
+// oldest is since when the oldest row has been due that is known to wait, to be handled, or to be tried again.
+// o.mu is held.
+func (o *Outbox) oldest() time.Time {
+	oldest := o.counts.oldest
+	earlier := func(t time.Time) {
+		if oldest.IsZero() || t.Before(oldest) {
+			oldest = t
+		}
+	}
+	for _, due := range o.health.retrying {
+		earlier(due)
+	}
+	if len(o.buffer) > 0 {
+		earlier(o.buffer[0].due)
+	}
+	return oldest
+}
+
+// Check implements notify.Checker: it says whether the table fits, and asks the handler too.
+func (o *Outbox) Check(ctx context.Context) (string, error) {
+	if err := o.store.fit(); err != nil {
+		return "", o.store.explain(err)
+	}
+	text := "table " + o.store.table.name + " fits"
+	if c, ok := o.handler.(notify.Checker); ok {
+		more, err := c.Check(ctx)
+		if err != nil {
+			return "", err
+		}
+		text += ", " + more
+	}
+	return text, nil
+}
+
+// maxRetrying bounds how many rows are remembered that are to be tried again.
+const maxRetrying = 1000
+
+// health is what Ready goes by.
+type health struct {
+	read, write  error               // why the table could not be read or written, the last time
+	progress     time.Time           // when a row was done last, or work began after there was none
+	failingSince time.Time           // when a row failed for the first time since one was done
+	retrying     map[int64]time.Time // the rows that failed and are tried again, with since when they have been due
+}
+
+// readable takes note of whether the table can be read. Finding a hint takes longer than the error itself,
+// which must be known at once.
+func (o *Outbox) readable(err error, hint string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if err == nil || o.health.read == nil || hint != "" {
+		o.health.read = withHint(err, hint)
 	}
 }
 
-// Check implements Checker: it says whether the table fits.
-func (o *Outbox) Check(context.Context) (string, error) {
-	if err := o.store.fit(); err != nil {
-		hint := o.store.table.hint(err)
-		if hint != "" {
-			return "", fmt.Errorf("%w: %s", err, hint)
-		}
-		return "", err
+func (o *Outbox) writable(err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.health.write = err
+}
+
+// begins takes note that there is work; lateness counts from here if there was none. o.mu is held.
+func (o *Outbox) begins() {
+	if o.running == 0 && len(o.buffer) == 0 && len(o.health.retrying) == 0 && o.counts.due == 0 {
+		o.health.progress = time.Now()
 	}
-	return "table " + o.store.table.name + " fits", nil
+}
+
+// Verify implements notify.Verifier.
+func (o *Outbox) Verify() string { return o.store.table.sql(verify) }
+
+// Verified implements notify.Verifier.
+func (o *Outbox) Verified(err error) {
+	o.readable(err, "")
+	if err != nil {
+		o.poke() // the claimer tells the log, and finds out when it is mended
+	}
+}
+
+// Ready implements notify.Readier: it returns why rows are not being handled.
+func (o *Outbox) Ready() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	h := &o.health
+	if err := call.PausedTooLong(&o.breaker); err != nil {
+		return err
+	}
+	stuck := time.Since(h.progress)
+	switch {
+	case h.read != nil:
+		return fmt.Errorf("the outbox cannot be read: %w", h.read)
+	case h.write != nil:
+		return fmt.Errorf("the outbox cannot be written: %w", h.write)
+	case h.progress.IsZero() || stuck <= o.options.Late():
+		return nil
+	case len(h.retrying) > 0 && time.Since(h.failingSince) > o.options.Late():
+		return fmt.Errorf("no row has succeeded for %v; %d have failed and are tried again, first %v",
+			stuck.Round(time.Second), len(h.retrying), slices.Min(slices.Collect(maps.Keys(h.retrying))))
+	case o.running > 0 || len(o.buffer) > 0 || o.counts.due > 0:
+		return fmt.Errorf("no row has succeeded for %v, and %d wait", stuck.Round(time.Second), max(o.counts.due, o.running+len(o.buffer)))
+	}
+	return nil
 }

@@ -21,8 +21,8 @@ type table struct {
 	replacer *strings.Replacer
 }
 
-// parseTable reads OUTBOX_TABLE: NAME or SCHEMA.NAME. A part that contains a dot is
-// written in double quotes; upper and lower case are kept.
+// parseTable reads OUTBOX_TABLE: NAME or SCHEMA.NAME. A part that contains a dot is written in double quotes;
+// upper and lower case are kept.
 func parseTable(s string) (table, error) {
 	var parts []string
 	for rest := s; ; {
@@ -65,6 +65,10 @@ func parseTable(s string) (table, error) {
 		"{table}", schema+pq.QuoteIdentifier(name),
 		"{due}", with("_due"),
 		"{failed}", with("_failed"),
+		"{key}", with("_key"),
+		"{schedule}", with("_schedule"),
+		"{touch}", with("_touch"),
+		"{change}", schema+with("_change"),
 		"{notify}", schema+with("_notify"),
 		"{trigger}", with("_notify"),
 	)}, nil
@@ -85,8 +89,7 @@ func Schema(name string) (string, error) {
 	return t.sql(schemaSQL), nil
 }
 
-// PrintSchema prints the SQL that makes the table of the environment. It needs no
-// variable but OUTBOX_TABLE.
+// PrintSchema prints the SQL that makes the table of the environment. It needs no variable but OUTBOX_TABLE.
 func PrintSchema(lookup func(string) (string, bool), stdout io.Writer) error {
 	name, _ := lookup("OUTBOX_TABLE")
 	sql, err := Schema(name)
@@ -97,12 +100,32 @@ func PrintSchema(lookup func(string) (string, bool), stdout io.Writer) error {
 }
 
 // hint says how to mend what the server objects to.
-func (t table) hint(err error) string {
+func (s store) hint(err error) string {
+	script := `OUTBOX_TABLE=` + s.table.name + ` pglistener -outbox-schema | psql "$DATABASE_URL"`
 	switch {
-	case pq.As(err, pqerror.UndefinedTable, pqerror.UndefinedColumn, pqerror.InvalidSchemaName) != nil:
-		return `make it: OUTBOX_TABLE=` + t.name + ` pglistener -outbox-schema | psql "$DATABASE_URL"`
 	case pq.As(err, pqerror.InsufficientPrivilege) != nil:
-		return t.sql("as its owner: grant select, update, delete on {table} to the user in DATABASE_URL")
+		return s.table.sql("as its owner: grant select, insert, update, delete on {table} to the user in DATABASE_URL")
+	case pq.As(err, pqerror.UndefinedTable, pqerror.UndefinedColumn, pqerror.InvalidSchemaName, pqerror.WrongObjectType, pqerror.FeatureNotSupported) == nil:
+		return pgconn.Advice(err)
 	}
-	return pgconn.Advice(err)
+	var kind string
+	if e := s.db.QueryRow("select relkind from pg_class where oid = to_regclass($1)", s.table.sql("{table}")).Scan(&kind); e != nil {
+		return "make it: " + script
+	}
+	switch kind {
+	case "r", "p":
+		return "it is older than this program, or another table: bring it up to date: " + script
+	}
+	return "OUTBOX_TABLE must be a table, and " + s.table.name + " is " + map[string]string{
+		"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence"}[kind] + "; name the table itself"
+}
+
+// explain is an error and what to do about it.
+func (s store) explain(err error) error { return withHint(err, s.hint(err)) }
+
+func withHint(err error, hint string) error {
+	if hint == "" {
+		return err
+	}
+	return fmt.Errorf("%w: %s", err, hint)
 }

@@ -2,7 +2,9 @@ package outbox
 
 import (
 	"context"
-	"strconv"
+	"errors"
+	"fmt"
+	"strings"
 	"time"
 
 	"github.com/pglistener/pglistener/internal/call"
@@ -25,7 +27,7 @@ func (o *Outbox) work(quit context.Context) {
 			return
 		}
 		j := o.buffer[0]
-		o.buffer[0] = job{} // let go of the payload
+		o.buffer[0] = job{} // release the payload
 		o.buffer = o.buffer[1:]
 		if len(o.buffer) <= o.low {
 			nudge(o.taken)
@@ -35,16 +37,29 @@ func (o *Outbox) work(quit context.Context) {
 			nudge(o.written)
 			continue
 		}
+		if j.schedule != "" && j.attempts == 0 {
+			o.results = append(o.results, result{j, nil}) // only its first time is to be found
+			nudge(o.written)
+			continue
+		}
 		o.running++
 		o.mu.Unlock()
-		n := notify.Notification{Key: strconv.FormatInt(j.id, 10), Channel: o.channel, Payload: j.payload, Attempt: j.attempts}
-		took, err := c.Call(quit, o.timeout, o.handler.Handle, n, o.log)
+		n := notify.Notification{Key: j.event, Channel: o.channel, Payload: j.payload, Attempt: j.attempts, CreatedAt: j.created}
+		if j.schedule != "" {
+			n.RunAt = j.due
+		}
+		took, err := c.Call(quit, o.options.Limits.Timeout, o.handler.Handle, n, o.log)
 		o.mu.Lock()
 		o.running--
 		o.handling += (took - o.handling) / 8
 		o.size += (len(j.payload) - o.size) / 8
+		o.calls.Observe(took, err)
 		j.payload = ""
-		o.results = append(o.results, result{j, err})
+		if blamed := o.judge(j, err); blamed {
+			o.results = append(o.results, result{j, err})
+		} else {
+			o.stale = append(o.stale, j)
+		}
 		nudge(o.written)
 		if len(o.buffer) <= o.low {
 			nudge(o.taken) // a slot is free
@@ -52,19 +67,57 @@ func (o *Outbox) work(quit context.Context) {
 	}
 }
 
+// judge finds out what a call says of the receiver: it pauses the channel or ends the pause. blamed is false
+// when the receiver was known to be away, so that the row spends no attempt. o.mu is held.
+func (o *Outbox) judge(j job, err error) (blamed bool) {
+	now := time.Now()
+	if err == nil {
+		o.health.progress, o.health.failingSince = now, time.Time{}
+	} else if o.health.failingSince.IsZero() {
+		o.health.failingSince = now
+	}
+	switch {
+	case notify.IsUnavailable(err):
+		opened, wasOpen := o.breaker.Fail(j.event, err, now)
+		if opened || wasOpen && retry.IsPowerOfTwo(o.breaker.Tries()) {
+			o.log.Warn(call.Paused, "tries", o.breaker.Tries(), "error", err)
+		}
+		if opened { // what was claimed ahead waits untouched, for another replica or for later
+			o.stale, o.buffer = append(o.stale, o.buffer...), nil
+			nudge(o.taken)
+		}
+		return !wasOpen
+	case call.Kind(err) == "timeout" && o.breaker.Open():
+		return false // it says nothing of the receiver, and nothing of the row
+	case err == nil, o.breaker.Open(): // it has answered
+		if paused := o.breaker.Succeed(now); paused > 0 {
+			o.log.Info(call.Resumed, "paused_for", paused.Round(time.Millisecond))
+			nudge(o.taken)
+			o.poke()
+		}
+	}
+	return true
+}
+
+// lockedPause is how long results wait whose rows an open transaction holds.
+const lockedPause = 200 * time.Millisecond
+
 // write writes results, as many at once as have gathered while the last ones were written.
 func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 	var failures retry.Failures
 	pause := retry.Backoff{Min: 100 * time.Millisecond, Max: 5 * time.Second}
+	again := time.NewTimer(lockedPause)
+	defer again.Stop()
 	for ended := false; !ended; {
 		select {
 		case <-o.written:
+		case <-again.C:
 		case <-last:
 			ended = true
 		}
 		o.mu.Lock()
-		results, stale := o.results, o.stale
-		o.results, o.stale = nil, nil
+		results, stale := append(o.results, o.locked...), o.stale
+		o.results, o.locked, o.stale = nil, nil, nil
 		o.mu.Unlock()
 		if len(results) > prefetchRows {
 			nudge(o.taken) // see room
@@ -73,19 +126,25 @@ func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 		for len(results) > 0 {
 			rest, err := o.finish(results)
 			results = rest
+			o.writable(err)
 			if err == nil {
 				failures.Reset()
 				break
 			}
 			attempt, shouldLog := failures.Count(pgconn.Kind(err))
 			if shouldLog {
-				o.log.Error("results of the outbox cannot be written; trying again", "attempt", attempt, "results", len(results), "error", err, "hint", o.store.table.hint(err))
+				o.log.Error("results of the outbox cannot be written; trying again", "attempt", attempt, "results", len(results), "error", err, "hint", o.store.hint(err))
 			}
 			if !retry.Sleep(quit, pause.After(attempt)) {
 				o.log.Error("results of the outbox were not written: their rows come due again and are handled once more", "results", len(results), "error", err)
 				break
 			}
 		}
+		o.mu.Lock()
+		if len(o.locked) > 0 {
+			again.Reset(lockedPause)
+		}
+		o.mu.Unlock()
 	}
 }
 
@@ -100,23 +159,22 @@ func (o *Outbox) giveBack(jobs []job) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.counts.givenBack += len(jobs)
+	o.counts.givenBack += uint64(len(jobs))
 }
 
-// finish deletes the rows that are done, and sets when the others are tried again
-// or that they have failed. Rows whose lease was lost stay as they are. It returns the
-// results that could not be written.
+// finish writes results: it deletes the rows that are done, and sets when the others run again or that they
+// have failed. Rows whose lease was lost stay as they are. It returns the results that could not be written.
 func (o *Outbox) finish(results []result) (rest []result, err error) {
-	done := map[int][]result{} // by attempts, which is nearly always 1
-	var failed []result
+	simple := map[int][]result{} // by attempts, which is nearly always 1
+	var others []result
 	for _, r := range results {
-		if r.err == nil {
-			done[r.attempts] = append(done[r.attempts], r)
+		if r.err == nil && !r.keyed && r.schedule == "" {
+			simple[r.attempts] = append(simple[r.attempts], r)
 		} else {
-			failed = append(failed, r)
+			others = append(others, r)
 		}
 	}
-	for attempts, group := range done {
+	for attempts, group := range simple {
 		ids := make([]int64, len(group))
 		for i, r := range group {
 			ids[i] = r.id
@@ -126,61 +184,111 @@ func (o *Outbox) finish(results []result) (rest []result, err error) {
 			rest, err = append(rest, group...), e
 			continue
 		}
-		o.tally(group, len(group)-n)
+		o.mu.Lock()
+		for _, r := range group[:n] {
+			o.tally(r, ending{})
+		}
+		o.lose(group[n:])
+		o.mu.Unlock()
 	}
-	if len(failed) > 0 {
-		again := make([]again, len(failed))
-		for i, r := range failed {
-			again[i] = o.retryOf(r)
+	if len(others) > 0 {
+		if e := o.end(others); e != nil {
+			return append(rest, others...), e
 		}
-		n, e := o.store.reschedule(again)
-		if e != nil {
-			return append(rest, failed...), e
-		}
-		o.tally(failed, len(failed)-n)
 		o.poke() // the claimer may sleep until later
 	}
 	return rest, err
 }
 
-// again says when a row is tried again; not at all when it has failed.
-type again struct {
-	id       int64
-	attempts int
-	wait     time.Duration
-	failed   bool
-	text     string
-}
-
-func (o *Outbox) retryOf(r result) again {
-	wait := max(o.retry.After(r.attempts), notify.RetryDelay(r.err))
-	return again{
-		id:       r.id,
-		attempts: r.attempts,
-		wait:     min(wait, time.Hour),
-		failed:   notify.IsPermanent(r.err) || r.attempts >= o.attempts,
-		text:     notify.Cut(r.err.Error(), 2000),
+// end writes results of rows that are not simply deleted.
+func (o *Outbox) end(results []result) error {
+	now, err := o.store.now()
+	if err != nil {
+		return err
 	}
-}
-
-// tally counts and logs results that are written.
-func (o *Outbox) tally(results []result, lost int) {
+	endings := make([]ending, len(results))
+	for i, r := range results {
+		endings[i] = o.endingOf(r, now)
+	}
+	fates, err := o.store.end(endings)
+	if err != nil {
+		return err
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.counts.leaseLost += lost
-	if lost > 0 {
-		o.log.Warn("lease lost: a handler took longer than its lease, and its row is another's now", "rows", lost)
-	}
-	for _, r := range results {
-		switch {
-		case r.err == nil:
-			o.counts.done++
-		case notify.IsPermanent(r.err) || r.attempts >= o.attempts:
-			o.counts.failed++
-			o.log.Error("gave up; the row stays in the outbox as failed", "id", r.id, "attempts", r.attempts, "error", r.err)
+	for i, r := range results {
+		switch fates[r.id] {
+		case ended:
+			o.tally(r, endings[i])
+		case changed:
+			o.log.Debug("a row was changed while its handler ran: it is handled once more", "id", r.id)
+		case locked:
+			o.locked = append(o.locked, r)
 		default:
-			o.counts.retried++
-			o.log.Warn("handler failed; the row will be tried again", "id", r.id, "attempt", r.attempts, "error", r.err)
+			o.lose(results[i : i+1])
 		}
+	}
+	return nil
+}
+
+// endingOf says what becomes of a row, by the server's clock.
+func (o *Outbox) endingOf(r result, now time.Time) ending {
+	e := ending{job: r.job}
+	if r.err != nil {
+		e.text = notify.Cut(strings.ToValidUTF8(strings.ReplaceAll(r.err.Error(), "\x00", ""), "?"), 2000)
+		e.failed = notify.IsPermanent(r.err) || r.attempts >= o.options.Attempts
+		e.wait = min(max(o.retry.After(r.attempts), notify.RetryDelay(r.err)), time.Hour)
+	}
+	if r.schedule == "" || r.err != nil && !e.failed {
+		return e
+	}
+	if o.options.Next == nil {
+		e.failed, e.text = true, "this listener was built without schedules"
+		return e
+	}
+	next, err := o.options.Next(r.schedule, r.due, now)
+	if err == nil && next.IsZero() {
+		err = errors.New("it never comes")
+	}
+	if err != nil {
+		e.failed, e.text = true, notify.Cut(fmt.Sprintf("schedule %q: %v", r.schedule, err), 2000)
+		return e
+	}
+	e.runAt = next
+	return e
+}
+
+// lose takes note of results whose rows are another's now. o.mu is held.
+func (o *Outbox) lose(results []result) {
+	if len(results) == 0 {
+		return
+	}
+	o.counts.leaseLost += uint64(len(results))
+	o.log.Warn("lease lost: a handler took longer than its lease, and its row is another's now", "rows", len(results))
+}
+
+// tally counts and logs a result that is written. o.mu is held.
+func (o *Outbox) tally(r result, e ending) {
+	o.counts.changed = true
+	if r.err == nil || e.failed {
+		delete(o.health.retrying, r.id)
+	}
+	switch {
+	case e.failed:
+		o.counts.gaveUp++
+		o.counts.failed++
+		o.counts.due = max(0, o.counts.due-1)
+		o.log.Error("gave up; the row stays in the outbox as failed", "id", r.id, "event", r.event, "attempts", r.attempts, "error", e.text)
+	case r.err != nil:
+		o.calls.Retried++
+		if _, known := o.health.retrying[r.id]; !known && len(o.health.retrying) < maxRetrying {
+			o.health.retrying[r.id] = r.due
+		}
+		if _, shouldLog := o.failures.Count(call.Kind(r.err)); shouldLog {
+			o.log.Warn("handler failed; the row will be tried again", "id", r.id, "event", r.event, "attempt", r.attempts, "error", r.err)
+		}
+	case r.attempts > 0: // else only its first time was found
+		o.counts.done++
+		o.counts.due = max(0, o.counts.due-1)
 	}
 }

@@ -1,7 +1,6 @@
-// Package probe proves delivery. A ping proves that a socket answers; behind a
-// pooler in transaction mode, or a proxy that has swapped the session, it is
-// answered for ever and nothing is delivered. Only a NOTIFY from another
-// connection tells the truth (DESIGN fact 14).
+// Package probe proves delivery. A ping proves that a socket answers; behind a pooler in transaction mode, or a
+// proxy that has swapped the session, it is answered for ever and nothing is delivered. Only a NOTIFY from
+// another connection tells the truth (DESIGN fact 14).
 package probe
 
 import (
@@ -52,9 +51,9 @@ type Status struct {
 	Lost       int           // probes that did not come back, in all
 }
 
-// Probe decides when to send a probe and what follows from the answer, or from
-// none. It does no I/O of its own: its owner sends, listens on Channel, waits for
-// C, and calls the methods, all on one goroutine. None of them blocks.
+// Probe decides when to send a probe and what follows from the answer, or from none. It does no I/O of its own:
+// its owner sends, listens on Channel, waits for C, and calls the methods, all on one goroutine. None of them
+// blocks.
 type Probe struct {
 	Channel string // of this process alone
 	C       <-chan time.Time
@@ -75,8 +74,7 @@ type Probe struct {
 	status   Status
 }
 
-// New makes a Probe, in state off. With an interval of 0 it stays there. Call
-// Stop when done.
+// New makes a Probe, in state off. With an interval of 0 it stays there. Call Stop when done.
 func New(interval, timeout time.Duration) *Probe {
 	t := time.NewTimer(time.Hour)
 	t.Stop()
@@ -86,8 +84,7 @@ func New(interval, timeout time.Duration) *Probe {
 	}
 }
 
-// Enabled says whether there are probes at all, Status what they have shown. Stop
-// stops the timer.
+// Enabled says whether there are probes at all, Status what they have shown. Stop stops the timer.
 func (p *Probe) Enabled() bool { return p.interval > 0 }
 
 func (p *Probe) Status() Status { return p.status }
@@ -120,12 +117,12 @@ func (p *Probe) Unsubscribed() {
 	p.state = off
 }
 
-// Other counts a notification on another channel: what was sent earlier is still
-// coming in, so a probe behind it is late and not lost.
+// Other counts a notification on another channel: what was sent earlier is still coming in, so a probe behind
+// it is late and not lost.
 func (p *Probe) Other() { p.others++ }
 
-// Due is to be called when C has fired. reading says whether notifications are
-// being read: while they are not, nothing can be heard, and nothing follows from that.
+// Due is to be called when C has fired. reading says whether notifications are being read: while they are not,
+// nothing can be heard, and nothing follows from that.
 func (p *Probe) Due(reading bool) Step {
 	switch p.state {
 	case idle, lost:
@@ -154,10 +151,9 @@ func (p *Probe) send(reading bool) Step {
 	return Send
 }
 
-// Query is the statement to run in state sending. It returns a row of two columns,
-// of which the second is how full the server's NOTIFY queue is, 0 to 1. It has no
-// parameters, since a pooler in transaction mode may not keep a prepared
-// statement; the values in it are our own letters and digits.
+// Query is the statement to run in state sending. It returns a row of two columns, of which the second is how
+// full the server's NOTIFY queue is, 0 to 1. It has no parameters, since a pooler in transaction mode may not
+// keep a prepared statement; the values in it are our own letters and digits.
 func (p *Probe) Query() string {
 	what := "null"
 	if p.nonce != "" {
@@ -166,8 +162,8 @@ func (p *Probe) Query() string {
 	return "select " + what + ", pg_notification_queue_usage()"
 }
 
-// Sent ends the state sending: err says whether the server took the query. listening says
-// whether there is a subscription.
+// Sent ends the state sending: err says whether the server took the query. listening says whether there is a
+// subscription.
 func (p *Probe) Sent(err error, listening bool) Step {
 	p.state = idle
 	p.status.SendError = ""
@@ -210,8 +206,8 @@ type Proof struct {
 	CatchUp bool      // what was missed on this subscription is to be looked for
 }
 
-// Heard takes a notification on Channel. ok says whether it is the probe: one that
-// is late, or a stranger's, is not.
+// Heard takes a notification on Channel. ok says whether it is the probe: one that is late, or a stranger's, is
+// not.
 func (p *Probe) Heard(payload string) (proof Proof, ok bool) {
 	if payload != p.nonce || p.nonce == "" {
 		return Proof{}, false
@@ -231,12 +227,11 @@ func (p *Probe) Heard(payload string) (proof Proof, ok bool) {
 	return proof, true
 }
 
-// Deaf says for how many probes in a row nothing has come back, and until when
-// delivery was sure.
+// Deaf says for how many probes in a row nothing has come back, and until when delivery was sure.
 func (p *Probe) Deaf() (inARow int, from time.Time) { return p.inARow, p.deafFrom }
 
-// lose reconnects once; if that does not help, the connection stays, and those
-// handlers that can look for work do so at every probe.
+// lose reconnects once; if that does not help, the connection stays, and those handlers that can look for work
+// do so at every probe.
 func (p *Probe) lose() Step {
 	p.state, p.nonce = lost, ""
 	if p.inARow == 0 {

@@ -8,8 +8,7 @@ import (
 // MaxLine is where a line of a program's output is cut, in bytes: more would be held in memory.
 const MaxLine = 8 << 10
 
-// Output logs what is written to it, line by line. One goroutine at a time
-// writes; Flush comes last.
+// Output logs what is written to it, line by line. One goroutine at a time writes; Flush comes last.
 type Output struct {
 	Log    *slog.Logger
 	Stream string // "stdout" or "stderr"

@@ -2,16 +2,41 @@
 package proc
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
+	"slices"
+	"strings"
 	"time"
 )
 
-// Find returns the path of a program, which is looked for in PATH unless it has
-// a slash. The error says what is wrong with it.
+// Settings are the variables of programs.
+type Settings struct {
+	Pass string `env:"ENV_PASS" usage:"variables that programs inherit, comma-separated, besides PATH; if empty, all but the listener's own secrets"`
+}
+
+// Environ is what a program inherits of the environment: never what is only the listener's, which may hold
+// secrets.
+func (s Settings) Environ() (all []string) {
+	pass := strings.Split(s.Pass, ",")
+	for _, v := range os.Environ() {
+		name, _, _ := strings.Cut(v, "=")
+		switch {
+		case strings.Contains(name, "WEBHOOK_"), strings.HasPrefix(name, "CHANNELS"), strings.HasSuffix(name, "_HANDLER"),
+			name == "NOTIFY_SOCKET", strings.HasPrefix(name, "WATCHDOG_"):
+		case s.Pass == "", name == "PATH", slices.Contains(pass, name):
+			all = append(all, v)
+		}
+	}
+	return all
+}
+
+// Find returns the path of a program, which is looked for in PATH unless it has a slash. The error says what is
+// wrong with it.
 func Find(program string) (path string, err error) {
 	path, err = exec.LookPath(program)
 	switch {
@@ -24,12 +49,26 @@ func Find(program string) (path string, err error) {
 	case err != nil:
 		return "", fmt.Errorf("program %q: %w", program, err)
 	}
-	return path, nil
+	return path, checkShebang(path)
 }
 
-// Command returns a command in a process group of its own. When ctx ends, the
-// whole group is asked to end with SIGTERM, and the program is killed after
-// grace. After its end call KillGroup for what it leaves behind.
+// checkShebang finds a script that was written on another system: the kernel takes the carriage return for a
+// part of the interpreter's name, and says only that there is no such file.
+func checkShebang(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil // it may be executed all the same
+	}
+	defer f.Close()
+	line, _ := bufio.NewReader(io.LimitReader(f, 256)).ReadString('\n')
+	if strings.HasPrefix(line, "#!") && strings.HasSuffix(line, "\r\n") {
+		return fmt.Errorf("program %q: its first line ends in CR LF, as on Windows; convert it: sed -i 's/\\r$//' %s", path, path)
+	}
+	return nil
+}
+
+// Command returns a command in a process group of its own. When ctx ends, the whole group is asked to end with
+// SIGTERM, and the program is killed after grace. After its end call KillGroup for what it leaves behind.
 func Command(ctx context.Context, grace time.Duration, path string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, path, args...)
 	ownGroup(cmd)
@@ -38,8 +77,8 @@ func Command(ctx context.Context, grace time.Duration, path string, args ...stri
 	return cmd
 }
 
-// KillGroup kills what a program has left running in its group. A program that
-// was never started has left nothing.
+// KillGroup kills what a program has left running in its group. A program that was never started has left
+// nothing.
 func KillGroup(cmd *exec.Cmd) {
 	if cmd.Process != nil {
 		killGroup(cmd.Process)

@@ -2,8 +2,6 @@ package queue
 
 import (
 	"time"
-
-	"github.com/pglistener/pglistener/internal/notify"
 )
 
 // overflowQuiet is how long a queue must not have been full again before its overflow is over.
@@ -55,25 +53,4 @@ func (q *Queue) endOverflow() {
 	}
 	q.log.Info("queue drained", "full_for", time.Since(q.fullAt).Round(time.Millisecond), "dropped", q.dropped)
 	q.fullAt, q.dropped = time.Time{}, 0
-}
-
-// Stats implements notify.Meter.
-func (q *Queue) Stats() []notify.Stat {
-	q.mu.Lock()
-	c, calls, waiting := q.counts, q.calls, q.waiting.len()
-	q.mu.Unlock()
-	counter := func(name, help string, value uint64) notify.Stat {
-		return notify.Stat{Name: name, Kind: "counter", Help: help, Value: float64(value)}
-	}
-	return []notify.Stat{
-		counter("pglistener_notifications_received_total", "Notifications that arrived.", c.received),
-		counter("pglistener_notifications_handled_total", "Notifications whose handler succeeded.", c.handled),
-		counter("pglistener_notifications_dropped_total", "Notifications discarded because the queue was full.", c.dropped),
-		counter("pglistener_notifications_given_up_total", "Notifications and catch-ups that failed at every attempt.", c.gaveUp),
-		counter("pglistener_catch_ups_total", "Catch-ups, doorbell runs included, that succeeded.", c.caughtUp),
-		{Name: "pglistener_queue_length", Kind: "gauge", Help: "Notifications that wait for their handler.", Value: float64(waiting)},
-		counter("pglistener_handler_failures_total", "Calls of a handler that failed.", calls.Failed),
-		counter("pglistener_handler_retries_total", "Failed calls that were to be repeated.", calls.Retried),
-		{Name: "pglistener_handler_duration_seconds", Kind: "histogram", Help: "Length of the calls of a handler.", Histogram: calls.Seconds},
-	}
 }

@@ -1,6 +1,5 @@
-// Package queue is what stands between the listener and the handler of one
-// channel: it keeps the order, limits how many handlers run at once and for how
-// long, repeats what failed and survives what panicked.
+// Package queue is what stands between the listener and the handler of one channel: it keeps the order, limits
+// how many handlers run at once and for how long, repeats what failed and survives what panicked.
 package queue
 
 import (
@@ -30,14 +29,13 @@ type Options struct {
 	call.Limits
 	Doorbell bool          // a notification is a request to run the handler, and nothing else
 	Retry    retry.Backoff // between attempts; 500 ms to 30 s if zero
+	Secret   bool          // payloads are kept out of the log
 }
 
-// Queue owns the notifications of one channel that wait, and the goroutines that
-// handle them.
+// Queue owns the notifications of one channel that wait, and the goroutines that handle them.
 //
-// Its methods never block for long, so that the select loop can call them from
-// its goroutine; Stats may be called from any. Handlers run on the queue's own
-// goroutines, which exist only while there is work.
+// Its methods never block for long, so that the select loop can call them from its goroutine; Stats may be
+// called from any. Handlers run on the queue's own goroutines, which exist only while there is work.
 type Queue struct {
 	channel string
 	handle  call.Func
@@ -45,7 +43,9 @@ type Queue struct {
 	options Options
 	log     *slog.Logger
 	quit    context.Context // ends when shutting down has taken too long: nothing is begun or repeated afterwards
-	room    chan struct{}   // capacity 1: see Room
+	drain   context.Context // ends with quit, and when no more is offered
+	endWait context.CancelFunc
+	room    chan struct{} // capacity 1: see Room
 
 	mu         sync.Mutex // guards what follows
 	waiting    fifo
@@ -60,19 +60,17 @@ type Queue struct {
 	quietTimer *time.Timer    // ends the overflow when the queue has stayed empty
 	dropped    int            // in this overflow
 	missed     bool           // something was dropped since the last catch-up
+	breaker    retry.Breaker  // of a doorbell
+	failures   retry.Failures // of the handler
+	busySince  time.Time      // since when there has been work, or when a call last succeeded
 	counts     counts
 	calls      call.Stats
 }
 
 // counts are totals since the start.
-type counts struct {
-	received, handled, gaveUp, dropped, caughtUp uint64
+type counts struct{ received, done, failed, dropped, abandoned uint64 }
 
-	abandoned int
-}
-
-// New makes a queue that gives what it is offered to h. Once quit has ended it
-// begins and repeats nothing.
+// New makes a queue that gives what it is offered to h. Once quit has ended it begins and repeats nothing.
 func New(quit context.Context, channel string, h notify.Handler, o Options, log *slog.Logger) *Queue {
 	if o.Retry == (retry.Backoff{}) {
 		o.Retry = retry.Backoff{Min: 500 * time.Millisecond, Max: 30 * time.Second}
@@ -81,6 +79,7 @@ func New(quit context.Context, channel string, h notify.Handler, o Options, log 
 		channel: channel, handle: h.Handle, options: o,
 		log: log, quit: quit, room: make(chan struct{}, 1),
 	}
+	q.drain, q.endWait = context.WithCancel(quit)
 	q.quietTimer = time.AfterFunc(overflowQuiet, func() {
 		q.mu.Lock()
 		defer q.mu.Unlock()
@@ -117,8 +116,8 @@ func (q *Queue) Start() {
 // Channel is the channel whose queue this is.
 func (q *Queue) Channel() string { return q.channel }
 
-// Offer takes n, or returns false: the queue is full, try again when Room says
-// so. With OVERFLOW=drop, and once quit has ended, it takes everything.
+// Offer takes n, or returns false: the queue is full, try again when Room says so. With OVERFLOW=drop, and once
+// quit has ended, it takes everything.
 func (q *Queue) Offer(n notify.Notification) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -140,8 +139,7 @@ func (q *Queue) Offer(n notify.Notification) bool {
 	return q.overflow()
 }
 
-// Room returns a channel on which, after a refused Offer, a token says that half
-// of the queue is free.
+// Room returns a channel on which, after a refused Offer, a token says that half of the queue is free.
 func (q *Queue) Room() <-chan struct{} { return q.room }
 
 // CatchUp has the handler catch up, if it can; requests that wait are merged into one.
@@ -166,8 +164,8 @@ func (q *Queue) Waiting() int {
 	return q.waiting.len()
 }
 
-// Drained returns a channel that is closed once nothing waits and nothing runs.
-// Call it once, when no more is offered.
+// Drained returns a channel that is closed once nothing waits and nothing runs. Call it once, when no more is
+// offered.
 func (q *Queue) Drained() <-chan struct{} {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -175,6 +173,7 @@ func (q *Queue) Drained() <-chan struct{} {
 		q.sweep.Stop()
 		q.sweep = nil
 	}
+	q.endWait()
 	q.done = make(chan struct{})
 	if q.running == 0 {
 		close(q.done)
@@ -182,8 +181,8 @@ func (q *Queue) Drained() <-chan struct{} {
 	return q.done
 }
 
-// AbandonRest logs what still waits and returns how much was never handled to
-// its end. Call it last, after quit has ended.
+// AbandonRest logs what still waits and returns how much was never handled to its end. Call it last, after quit
+// has ended.
 func (q *Queue) AbandonRest() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -194,11 +193,14 @@ func (q *Queue) AbandonRest() int {
 	if q.running > 0 {
 		q.log.Error("handler is still running at the end: it ignores its context", "running", q.running)
 	}
-	return q.counts.abandoned + q.running
+	return int(q.counts.abandoned) + q.running
 }
 
 // start starts a goroutine if the limit allows. q.mu is held.
 func (q *Queue) start() {
+	if q.running == 0 {
+		q.busySince = time.Now()
+	}
 	if q.running < q.options.Concurrency {
 		q.running++
 		go q.run()
@@ -217,16 +219,12 @@ func (q *Queue) run() {
 	for q.quit.Err() == nil {
 		if q.rung && !q.catching {
 			q.rung, q.catching = false, true
-			if q.do(c, q.catchUp, notify.Notification{Channel: q.channel, Key: rand.Text()}) {
-				q.counts.caughtUp++
-			}
+			q.do(c, q.catchUp, notify.Notification{Channel: q.channel, Key: rand.Text()})
 			q.catching = false
 		} else if q.waiting.len() > 0 {
 			n := q.waiting.pop()
 			q.afterPop()
-			if q.do(c, q.handle, n) {
-				q.counts.handled++
-			}
+			q.do(c, q.handle, n)
 		} else {
 			break
 		}
@@ -237,42 +235,60 @@ func (q *Queue) run() {
 	}
 }
 
-// do calls f with n until it succeeds, which it returns, or nothing more can be
-// done. q.mu is held on entry and on return, and not while f runs.
-func (q *Queue) do(c *call.Caller, f call.Func, n notify.Notification) (ok bool) {
+// do calls f with n until it succeeds or nothing more can be done. q.mu is held on entry and on return, and not
+// while f runs.
+func (q *Queue) do(c *call.Caller, f call.Func, n notify.Notification) {
 	for n.Attempt = 1; ; n.Attempt++ {
 		q.mu.Unlock()
 		took, err := c.Call(q.quit, q.options.Timeout, f, n, q.log)
 		q.mu.Lock()
 		q.calls.Observe(took, err)
 		if err == nil {
-			return true
+			q.counts.done++
+			q.succeeded()
+			return
 		}
 		switch {
 		case q.quit.Err() != nil:
 			q.abandon(n, err)
-			return false
+			return
+		case q.pause(n, err):
+			if !q.awaitReceiver() {
+				return
+			}
+			n.Attempt-- // it was not the run's fault
+			continue
 		case n.Attempt >= q.options.Attempts || notify.IsPermanent(err):
-			q.counts.gaveUp++
-			q.log.Error("gave up", "payload", n.Payload, "backend", n.PID, "attempts", n.Attempt, "error", err)
-			return false
+			q.counts.failed++
+			q.log.Error("gave up", q.trace(n, "attempts", n.Attempt, "error", err)...)
+			return
 		}
 		q.calls.Retried++
 		// Retry-After is capped: the whole queue waits behind this one.
 		wait := max(q.options.Retry.After(n.Attempt), min(notify.RetryDelay(err), q.options.Retry.Max))
+		if _, shouldLog := q.failures.Count(call.Kind(err)); shouldLog {
+			q.log.Warn("handler failed", "attempt", n.Attempt, "again_in", wait.Round(time.Millisecond), "error", err)
+		}
 		q.mu.Unlock()
-		q.log.Warn("handler failed", "attempt", n.Attempt, "again_in", wait.Round(time.Millisecond), "error", err)
 		quit := !retry.Sleep(q.quit, wait)
 		q.mu.Lock()
 		if quit {
 			q.abandon(n, err)
-			return false
+			return
 		}
 	}
+}
+
+// trace is what the log says of a notification that nobody has handled.
+func (q *Queue) trace(n notify.Notification, attrs ...any) []any {
+	if !q.options.Secret {
+		attrs = append([]any{"payload", n.Payload}, attrs...)
+	}
+	return append([]any{"id", n.ID(), "backend", n.PID}, attrs...)
 }
 
 // abandon leaves a trace of what nobody will handle. q.mu is held.
 func (q *Queue) abandon(n notify.Notification, cause error) {
 	q.counts.abandoned++
-	q.log.Error("abandoned", "payload", n.Payload, "backend", n.PID, "error", cause)
+	q.log.Error("abandoned", q.trace(n, "error", cause)...)
 }

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/pglistener/pglistener/internal/call"
@@ -178,8 +180,8 @@ func TestLateIsNotFailed(t *testing.T) {
 	}), Options{Limits: call.Limits{Timeout: 50 * time.Millisecond}})
 	w.give(t, "x")
 	w.finish(t)
-	if w.counts.handled != 1 {
-		t.Errorf("%d handled", w.counts.handled)
+	if w.counts.done != 1 {
+		t.Errorf("%d handled", w.counts.done)
 	}
 }
 
@@ -307,3 +309,135 @@ type counter struct{ handled, caughtUp atomic.Int64 }
 
 func (c *counter) Handle(context.Context, notify.Notification) error { c.handled.Add(1); return nil }
 func (c *counter) CatchUp(context.Context) error                     { c.caughtUp.Add(1); return nil }
+
+var errAway = notify.Unavailable(errors.New("connection refused"))
+
+// A doorbell whose receiver is away spends no attempts, says so in a few lines, and runs once when it is back.
+func TestDoorbellPausesWhileItsReceiverIsAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		back := time.Now().Add(10 * time.Minute)
+		var calls, done []time.Time
+		w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+			calls = append(calls, time.Now())
+			if time.Now().Before(back) {
+				return errAway
+			}
+			done = append(done, time.Now())
+			return nil
+		}), Options{Doorbell: true, Limits: call.Limits{LateAfter: time.Hour}})
+		w.give(t, "", "", "")
+		time.Sleep(30 * time.Second)
+		if w.Ready() != nil {
+			t.Errorf("not ready after half a minute: %v", w.Ready())
+		}
+		time.Sleep(time.Minute)
+		if err := w.Ready(); err == nil || !strings.Contains(err.Error(), "connection refused") || !strings.Contains(err.Error(), "paused") {
+			t.Errorf("ready although paused for longer than a minute: %v", err)
+		}
+		if paused := stat(w, "pglistener_channel_paused", ""); paused != 1 {
+			t.Errorf("the metric says %v", paused)
+		}
+		for range 50 {
+			w.give(t, "") // rings that wait are one
+		}
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if len(done) != 2 || done[0].Sub(back) > time.Minute {
+			t.Errorf("ran at %v after it was back at %v", done, back)
+		}
+		for i := 3; i < len(calls)-len(done); i++ {
+			if pause := calls[i].Sub(calls[i-1]); pause < time.Second || pause > time.Minute {
+				t.Errorf("try %d after %v", i, pause)
+			}
+		}
+		if len(w.All("gave up")) > 0 || len(w.All("channel resumed")) != 1 {
+			t.Errorf("gave up %d times, resumed %d times", len(w.All("gave up")), len(w.All("channel resumed")))
+		}
+		if lines := len(w.All("")); lines > 12 {
+			t.Errorf("%d log lines for %d tries", lines, len(calls))
+		}
+		if w.Ready() != nil || stat(w, "pglistener_channel_paused", "") != 0 {
+			t.Errorf("still paused: %v", w.Ready())
+		}
+	})
+}
+
+// A stop does not wait for a receiver that is away: the doorbell runs at the next start.
+func TestPausedDoorbellDoesNotHoldUpTheStop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error { return errAway }), Options{Doorbell: true})
+		w.give(t, "")
+		time.Sleep(3 * time.Minute)
+		began := time.Now()
+		<-w.Drained()
+		if time.Since(began) > time.Second {
+			t.Errorf("stopped after %v", time.Since(began))
+		}
+		w.cancel(nil)
+		if n := w.AbandonRest(); n != 0 {
+			t.Errorf("%d abandoned", n)
+		}
+	})
+}
+
+// What a plain channel holds ages, and a queue that waits would stop the others: it keeps its attempts.
+func TestPlainChannelDoesNotPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error { return errAway }), Options{})
+		for range 100 {
+			w.give(t, "x")
+		}
+		w.finish(t)
+		if w.counts.failed != 100 || w.calls.Failed != 300 || stat(w, "pglistener_channel_paused", "") != 0 {
+			t.Errorf("%+v, %d calls failed", w.counts, w.calls.Failed)
+		}
+		if n := len(w.All("handler failed")); n != 8 { // of 200: the 1st, 2nd, 4th, ... 128th
+			t.Errorf("%d lines for 200 failures that are alike", n)
+		}
+		if n := len(w.All("gave up")); n != 100 {
+			t.Errorf("%d traces of what was given up, want 100", n)
+		}
+	})
+}
+
+func TestNotReadyWhileNothingSucceeds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var fails atomic.Bool
+		fails.Store(true)
+		w := newTestQueue(t, notify.HandlerFunc(func(ctx context.Context, _ notify.Notification) error {
+			time.Sleep(10 * time.Second)
+			if fails.Load() {
+				return errors.New("no")
+			}
+			return nil
+		}), Options{Limits: call.Limits{Timeout: time.Minute, LateAfter: 5 * time.Minute}})
+		for range 100 {
+			w.give(t, "x")
+		}
+		time.Sleep(5*time.Minute - time.Second)
+		if err := w.Ready(); err != nil {
+			t.Errorf("not ready too soon: %v", err)
+		}
+		time.Sleep(2 * time.Second)
+		if err := w.Ready(); err == nil || !strings.Contains(err.Error(), "has not succeeded for 5m") {
+			t.Errorf("nothing has succeeded, and Ready says %v", err)
+		}
+		fails.Store(false)
+		time.Sleep(15 * time.Second)
+		if err := w.Ready(); err != nil { // a backlog that moves is no alarm
+			t.Errorf("it moves again: %v", err)
+		}
+		w.cancel(nil)
+		time.Sleep(time.Minute) // the last call ends
+	})
+}
+
+// stat is a figure of a queue, with a result if that is not "".
+func stat(w testQueue, name, result string) (value float64) {
+	for _, s := range w.Stats() {
+		if s.Name == name && (result == "" || slices.Contains(s.Labels, result)) {
+			value += s.Value
+		}
+	}
+	return value
+}

@@ -2,9 +2,8 @@
 //
 // Usage: template MODULE DIR [FEATURE...]
 //
-// It copies the files that git knows into DIR, which must not exist or be empty,
-// under the name MODULE and without the features, which are the names of their
-// folders in internal. What belongs to a feature is removed:
+// It copies the files that git knows into DIR, which must not exist or be empty, under the name MODULE and
+// without the features, which are the names of their folders in internal. What belongs to a feature is removed:
 //
 //   - its folder, and what needs has for it
 //   - a file whose first line is "// feature: NAME" or "<!-- file: NAME -->"
@@ -127,8 +126,7 @@ var (
 	ends   = regexp.MustCompile(`^\s*(?://|#|<!--) end: ([a-z ]+?)(?: -->)?$`)
 )
 
-// strip removes what belongs to features from a file's text. keep is false when
-// the whole file does.
+// strip removes what belongs to features from a file's text. keep is false when the whole file does.
 func strip(text string, without []string) (stripped string, keep bool) {
 	if len(without) == 0 {
 		return text, true

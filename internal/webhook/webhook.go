@@ -1,29 +1,27 @@
-// Package webhook is the handlers http://... and https://...: it POSTs each
-// notification to a URL, with the headers of the Standard Webhooks specification.
+// Package webhook is the handlers http://... and https://...: it POSTs each notification to a URL, with the
+// headers of the Standard Webhooks specification.
 package webhook
 
 import (
+	"bytes"
 	"context"
-	"crypto/hmac"
-	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/pglistener/pglistener/internal/notify"
 )
-
-// Settings are the variables of a webhook.
-type Settings struct {
-	Secret string `env:"WEBHOOK_SECRET" file:"true" usage:"signs POSTs as Standard Webhooks do: whsec_..."`
-}
 
 // Bounds on what is read of an answer, to reuse the connection and to show in an error.
 const (
@@ -33,91 +31,176 @@ const (
 
 // handler POSTs each notification to a URL.
 type handler struct {
-	url    string
-	shown  string // url without user, password and query, for errors
-	secret []byte // nil: not signed
-	client *http.Client
-	now    func() time.Time
+	// These never change.
+	request     *http.Request // what all requests have in common; the URL is without its user
+	shown       string        // the URL's scheme and host, for errors: the rest may be a secret
+	basic       string        // the header Authorization of the URL's user; empty where it has none
+	hidden      []string      // the secrets in the URL
+	concurrency int
+	setup       notify.Setup
+	reread      func() (Settings, error) // nil: the variables do not change
+	now         func() time.Time
+
+	inUse  atomic.Pointer[prepared]
+	lookAt atomic.Int64 // when to look for changed files again, in Unix nanoseconds
+
+	looking chan struct{} // holds a token while somebody looks, who owns seen
+	seen    view          // what the last look saw
 }
 
-// New makes the handler of a URL. concurrency is how many requests there may be
-// at once: so many connections are kept. No error shows the URL or the secret.
-func New(address string, s Settings, concurrency int) (notify.Handler, error) {
-	u, err := url.Parse(address)
-	if err != nil || u.Host == "" || u.Hostname() == "" {
+// New makes the handler of a URL, whose settings do not change but for the files of certificates.
+func New(address string, s Settings, concurrency int, setup notify.Setup) (notify.Handler, error) {
+	return NewReloading(address, s, nil, concurrency, setup)
+}
+
+// NewReloading makes the handler of a URL. concurrency is how many requests there may be at once: so many
+// connections are kept. reread, which may be nil, returns s as it is by now, for what came from a file that has
+// changed. It is called by one goroutine at a time and once a second at most (a few times more when something
+// has changed), and only while there are requests. No error shows the URL or a secret.
+func NewReloading(address string, s Settings, reread func() (Settings, error), concurrency int, setup notify.Setup) (notify.Handler, error) {
+	request, err := http.NewRequest(http.MethodPost, address, nil)
+	if err != nil || request.URL.Hostname() == "" {
 		// Not the error itself: the URL may hold a password.
 		scheme, _, _ := strings.Cut(address, ":")
 		return nil, fmt.Errorf("not a valid URL (not shown: it may hold a password); write %s://host/path", scheme)
 	}
-	secret, err := parseSecret(s.Secret)
-	if err != nil {
-		return nil, fmt.Errorf("WEBHOOK_SECRET: %w", err)
+	u := request.URL
+	h := &handler{
+		request: request, shown: u.Scheme + "://" + u.Host, hidden: secretsIn(u),
+		concurrency: concurrency, setup: setup, reread: reread, now: time.Now, looking: make(chan struct{}, 1),
 	}
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.MaxIdleConnsPerHost = concurrency
-	transport.MaxResponseHeaderBytes = 64 << 10
-	return &handler{
-		url:    u.String(),
-		shown:  u.Scheme + "://" + u.Host + u.EscapedPath(),
-		secret: secret,
-		client: &http.Client{
-			Transport: transport,
-			// A redirected POST may become a GET, or end where nobody meant to send it.
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		},
-		now: time.Now,
-	}, nil
+	if u.User != nil {
+		password, _ := u.User.Password()
+		h.basic = "Basic " + base64.StdEncoding.EncodeToString([]byte(u.User.Username()+":"+password))
+		u.User = nil
+	}
+	v := view{settings: s, files: stat(s)}
+	p, err := h.prepare(v, nil)
+	if err != nil {
+		return nil, err
+	}
+	h.seen = v
+	h.inUse.Store(p)
+	return h, nil
 }
 
-// Handle implements notify.Handler: it POSTs n and returns nil for any 2xx. What may succeed later (no
-// connection, 408, 425, 429, 5xx) is an error, with the server's Retry-After if
-// it has sent one; every other answer is a Permanent one. ctx bounds it all.
-func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.url, strings.NewReader(n.Payload))
-	if err != nil {
-		return notify.Permanent(fmt.Errorf("%s: the request cannot be made", h.shown))
+// secretsIn returns what may be secret in a URL: its user, the parts of its path and the values of its query,
+// as written and as meant.
+func secretsIn(u *url.URL) (all []string) {
+	if u.User != nil {
+		password, _ := u.User.Password()
+		all = append(all, u.User.Username(), password, u.User.String())
 	}
-	h.sign(req.Header, n)
-	res, err := h.client.Do(req)
+	all = append(all, strings.Split(u.EscapedPath(), "/")...)
+	all = append(all, strings.Split(u.Path, "/")...)
+	for pair := range strings.SplitSeq(u.RawQuery, "&") {
+		_, value, _ := strings.Cut(pair, "=")
+		all = append(all, value)
+	}
+	for _, values := range u.Query() {
+		all = append(all, values...)
+	}
+	return all
+}
+
+// Handle implements notify.Handler: it POSTs n and returns nil for any 2xx. A receiver that cannot be reached,
+// or answers 429, 502, 503 or 504, is unavailable; the error has its Retry-After, if it has sent one. 410 is
+// permanent. Every other answer, and no answer to a request that has been written, is the notification's own
+// failure. ctx bounds it all.
+func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
+	p := h.current(ctx)
+	var written atomic.Bool
+	req := h.request.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		WroteRequest: func(w httptrace.WroteRequestInfo) { written.Store(w.Err == nil) },
+	}))
+	p.fill(req, n, h.now())
+	res, err := p.transport.RoundTrip(req) // not Client.Do, which would follow redirects
 	if err != nil {
-		var outer *url.Error // has the whole URL in its text
-		if errors.As(err, &outer) {
-			err = outer.Err
+		if !written.Load() {
+			return notify.Unavailable(fmt.Errorf("%s: %w", h.shown, hint(err)))
 		}
-		return fmt.Errorf("%s: %w", h.shown, err)
+		return fmt.Errorf("%s: %w", h.shown, h.afterRequest(err, p))
 	}
 	defer res.Body.Close()
-	answer, _ := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
+	answer := io.LimitReader(res.Body, maxAnswer)
 	if res.StatusCode/100 == 2 {
+		_, _ = io.Copy(io.Discard, answer)
+		if h.setup.Log.Enabled(ctx, slog.LevelDebug) {
+			h.setup.Log.Debug("delivered", "id", n.ID(), "attempt", n.Attempt, "status", res.StatusCode)
+		}
 		return nil
 	}
-	err = fmt.Errorf("%s: status %d: %q", h.shown, res.StatusCode, notify.Cut(strings.TrimSpace(string(answer)), shownAnswer))
-	switch {
-	case res.StatusCode == http.StatusRequestTimeout, res.StatusCode == http.StatusTooEarly,
-		res.StatusCode == http.StatusTooManyRequests, res.StatusCode/100 == 5:
-		return notify.RetryAfter(err, h.retryAfter(res.Header.Get("Retry-After")))
+	err = fmt.Errorf("%s: status %d", h.shown, res.StatusCode)
+	if text, _ := io.ReadAll(answer); h.setup.LogPayloads {
+		err = fmt.Errorf("%w: %q", err, notify.Cut(p.hide(strings.TrimSpace(string(text))), shownAnswer))
 	}
-	return notify.Permanent(err)
+	switch res.StatusCode {
+	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+		err = notify.Unavailable(err)
+	case http.StatusGone:
+		return notify.Permanent(err)
+	}
+	return notify.RetryAfter(err, h.retryAfter(res.Header.Get("Retry-After")))
 }
 
-// sign sets the headers: the id is the same at every attempt, so that the
-// receiver can drop repeats; the time is that of this attempt.
-func (h *handler) sign(header http.Header, n notify.Notification) {
-	id, timestamp := n.ID(), strconv.FormatInt(h.now().Unix(), 10)
+// afterRequest returns what may be shown of an error that came after the request was written. net/http quotes
+// an answer that is not HTTP, and it may repeat the request.
+func (h *handler) afterRequest(err error, p *prepared) error {
+	var network net.Error
+	if errors.As(err, &network) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.Is(err, context.Canceled) || errors.Is(err, notify.ErrHandlerTimeout) || errors.Is(err, notify.ErrShutdownTimeout) {
+		return err
+	}
+	if h.setup.LogPayloads {
+		return fmt.Errorf("no valid answer: %s", notify.Cut(p.hide(err.Error()), shownAnswer))
+	}
+	return errors.New("no valid answer (not shown: it may repeat the payload)")
+}
+
+// fill completes req: its body, and the headers. The id is the same at every attempt, so that the receiver can
+// drop repeats; the timestamp is that of this attempt.
+func (p *prepared) fill(req *http.Request, n notify.Notification, now time.Time) {
+	id, timestamp := n.ID(), strconv.FormatInt(now.Unix(), 10)
+	// What is signed ends with the body.
+	signed := make([]byte, 0, len(id)+len(timestamp)+len(n.Payload)+2)
+	signed = append(append(append(append(append(signed, id...), '.'), timestamp...), '.'), n.Payload...)
+	body := signed[len(signed)-len(n.Payload):]
+
+	req.Body = http.NoBody
+	if req.ContentLength = int64(len(body)); len(body) > 0 {
+		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
+		req.Body, _ = req.GetBody()
+	}
+	req.Header = make(http.Header, len(p.header)+8)
+	values := make([]string, 0, 8)
+	set := func(name, value string) {
+		values = append(values, value)
+		req.Header[name] = values[len(values)-1 : len(values) : len(values)]
+	}
+	for name, value := range p.header {
+		req.Header[name] = value
+	}
 	contentType := "text/plain; charset=utf-8"
-	if json.Valid([]byte(n.Payload)) {
+	if json.Valid(body) {
 		contentType = "application/json"
 	}
-	header.Set("Content-Type", contentType)
-	header.Set("User-Agent", "pglistener")
-	header.Set("Webhook-Id", id)
-	header.Set("Webhook-Timestamp", timestamp)
-	header.Set("Pglistener-Channel", url.PathEscape(n.Channel)) // any text may be a channel's name
-	header.Set("Pglistener-Attempt", strconv.Itoa(n.Attempt))
-	if h.secret != nil {
-		mac := hmac.New(sha256.New, h.secret)
-		_, _ = io.WriteString(mac, id+"."+timestamp+"."+n.Payload)
-		header.Set("Webhook-Signature", "v1,"+base64.StdEncoding.EncodeToString(mac.Sum(nil)))
+	set("Content-Type", contentType)
+	set("Webhook-Id", id)
+	set("Webhook-Timestamp", timestamp)
+	set("Pglistener-Channel", url.PathEscape(n.Channel)) // any text may be a channel's name
+	set("Pglistener-Attempt", strconv.Itoa(n.Attempt))
+	if !n.CreatedAt.IsZero() {
+		set("Pglistener-Created-At", n.CreatedAt.UTC().Format(time.RFC3339Nano))
+	}
+	if !n.RunAt.IsZero() {
+		set("Pglistener-Run-At", n.RunAt.UTC().Format(time.RFC3339Nano))
+	}
+	if len(p.signers) > 0 {
+		signatures := make([]string, len(p.signers))
+		for i, s := range p.signers {
+			signatures[i] = "v1," + s.sign(signed)
+		}
+		set("Webhook-Signature", strings.Join(signatures, " "))
 	}
 }
 
@@ -130,18 +213,4 @@ func (h *handler) retryAfter(value string) time.Duration {
 		return max(0, min(at.Sub(h.now()), time.Hour))
 	}
 	return 0
-}
-
-// parseSecret reads WEBHOOK_SECRET: whsec_ and the key in base64, as the
-// specification has it. Its error does not show the value.
-func parseSecret(s string) ([]byte, error) {
-	if s == "" {
-		return nil, nil
-	}
-	encoded, ok := strings.CutPrefix(s, "whsec_")
-	key, err := base64.StdEncoding.DecodeString(encoded)
-	if !ok || err != nil || len(key) < 24 || len(key) > 64 {
-		return nil, errors.New("must be whsec_ and 24 to 64 bytes in base64; make one: echo whsec_$(head -c 32 /dev/urandom | base64)")
-	}
-	return key, nil
 }

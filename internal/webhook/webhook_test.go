@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -20,7 +21,7 @@ import (
 // hook makes the http handler for a receiver.
 func hook(t *testing.T, address string, s Settings) *handler {
 	t.Helper()
-	h, err := New(address, s, 1)
+	h, err := New(address, s, 1, notify.Setup{Log: testkit.NewLogs(t).Logger(), LogPayloads: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,20 +78,24 @@ func TestWebhookAnswers(t *testing.T) {
 	t.Parallel()
 	redirected := testkit.NewReceiver(t, testkit.Accept)
 	for _, c := range []struct {
-		status    int
-		header    string
-		ok        bool
-		permanent bool
-		after     time.Duration
+		status      int
+		header      string
+		ok          bool
+		permanent   bool
+		unavailable bool
+		after       time.Duration
 	}{
 		{status: 200, ok: true}, {status: 204, ok: true}, {status: 299, ok: true},
-		{status: 408}, {status: 425}, {status: 500}, {status: 503}, {status: 599},
-		{status: 429, header: "7", after: 7 * time.Second},
-		{status: 503, header: time.Now().Add(30 * time.Second).UTC().Format(http.TimeFormat), after: 25 * time.Second},
-		{status: 503, header: "99999999", after: time.Hour},
-		{status: 503, header: "-5"}, {status: 503, header: "soon"},
-		{status: 400, permanent: true}, {status: 401, permanent: true}, {status: 404, permanent: true}, {status: 410, permanent: true},
-		{status: 302, permanent: true}, {status: 307, permanent: true},
+		{status: 408}, {status: 425}, {status: 500}, {status: 501}, {status: 599},
+		{status: 429, header: "7", unavailable: true, after: 7 * time.Second},
+		{status: 502, unavailable: true}, {status: 504, unavailable: true},
+		{status: 503, header: time.Now().Add(30 * time.Second).UTC().Format(http.TimeFormat), unavailable: true, after: 25 * time.Second},
+		{status: 503, header: "99999999", unavailable: true, after: time.Hour},
+		{status: 503, header: "-5", unavailable: true}, {status: 503, header: "soon", unavailable: true},
+		{status: 500, header: "7", after: 7 * time.Second},
+		// A deploy or a rotated key can mend these; only 410 is meant for good.
+		{status: 400}, {status: 401}, {status: 403}, {status: 404}, {status: 302}, {status: 307},
+		{status: 410, permanent: true},
 	} {
 		r := testkit.NewReceiver(t, func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Location", redirected.URL)
@@ -103,8 +108,8 @@ func TestWebhookAnswers(t *testing.T) {
 			}
 		})
 		err := hook(t, r.URL, Settings{}).Handle(t.Context(), notify.Notification{})
-		if (err == nil) != c.ok || notify.IsPermanent(err) != c.permanent {
-			t.Errorf("%d: %v, permanent %v", c.status, err, notify.IsPermanent(err))
+		if (err == nil) != c.ok || notify.IsPermanent(err) != c.permanent || notify.IsUnavailable(err) != c.unavailable {
+			t.Errorf("%d: %v, permanent %v, unavailable %v", c.status, err, notify.IsPermanent(err), notify.IsUnavailable(err))
 		}
 		if after := notify.RetryDelay(err); after < c.after || after > c.after+10*time.Second {
 			t.Errorf("%d %q: again after %v, want %v", c.status, c.header, after, c.after)
@@ -122,7 +127,7 @@ func TestWebhookNetworkErrors(t *testing.T) {
 	t.Parallel()
 	refused := "http://u:hunter2@" + testkit.FreshAddress(t) + "/path?token=hunter2"
 	err := hook(t, refused, Settings{}).Handle(t.Context(), notify.Notification{})
-	if err == nil || notify.IsPermanent(err) || strings.Contains(err.Error(), "hunter2") || !strings.Contains(err.Error(), "/path: dial tcp") {
+	if err == nil || !notify.IsUnavailable(err) || strings.Contains(err.Error(), "hunter2") || strings.Contains(err.Error(), "path") || !strings.Contains(err.Error(), "dial tcp") {
 		t.Errorf("refused: %v", err)
 	}
 	// Accepted and never answered: the time limit ends it.
@@ -135,8 +140,20 @@ func TestWebhookNetworkErrors(t *testing.T) {
 	defer cancel()
 	began := time.Now()
 	err = hook(t, "http://"+l.Addr().String(), Settings{}).Handle(ctx, notify.Notification{})
-	if !errors.Is(err, context.DeadlineExceeded) || time.Since(began) > 5*time.Second {
-		t.Errorf("silent: %v after %v", err, time.Since(began))
+	if !errors.Is(err, context.DeadlineExceeded) || time.Since(began) > 5*time.Second || notify.IsUnavailable(err) {
+		t.Errorf("silent: %v after %v, unavailable %v", err, time.Since(began), notify.IsUnavailable(err))
+	}
+	// It dies when it has read the request: that may be the payload's fault.
+	dies := testkit.NewReceiver(t, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
+	if err := hook(t, dies.URL, Settings{}).Handle(t.Context(), notify.Notification{}); err == nil || notify.IsUnavailable(err) {
+		t.Errorf("dies: %v, unavailable %v", err, notify.IsUnavailable(err))
+	}
+	// Its certificate is nobody's: no request is written, whatever the payload.
+	tls := httptest.NewTLSServer(http.HandlerFunc(testkit.Accept))
+	tls.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)
+	defer tls.Close()
+	if err := hook(t, tls.URL, Settings{}).Handle(t.Context(), notify.Notification{}); !notify.IsUnavailable(err) {
+		t.Errorf("certificate: %v", err)
 	}
 	// An answer without end is read up to a bound, and no longer than the time limit.
 	endless := testkit.NewReceiver(t, func(w http.ResponseWriter, req *http.Request) {
@@ -171,5 +188,34 @@ func TestWebhookReusesConnections(t *testing.T) {
 	}
 	if n := connections.Load(); n != 1 {
 		t.Errorf("%d connections for 20 requests", n)
+	}
+}
+
+// With LOG_PAYLOADS=false no answer stands in an error, for it may repeat the payload.
+func TestWebhookAnswerIsKeptOut(t *testing.T) {
+	t.Parallel()
+	r := testkit.NewReceiver(t, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no hunter2 here", http.StatusBadRequest) })
+	h, err := New(r.URL, Settings{}, 1, notify.Setup{Log: testkit.NewLogs(t).Logger()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Handle(t.Context(), notify.Notification{}); err == nil || strings.Contains(err.Error(), "hunter2") || !strings.Contains(err.Error(), "status 400") {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestWebhookLeavesALineAtDebug(t *testing.T) {
+	t.Parallel()
+	r := testkit.NewReceiver(t, testkit.Accept)
+	lg := testkit.NewLogs(t)
+	h, err := New(r.URL, Settings{}, 1, notify.Setup{Log: lg.Logger()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Handle(t.Context(), notify.Notification{Key: "7", Attempt: 2}); err != nil {
+		t.Fatal(err)
+	}
+	if line := lg.Wait(t, "delivered", 1); line["level"] != "DEBUG" || line["id"] != "7" || line["attempt"] != 2.0 || line["status"] != 202.0 {
+		t.Errorf("%v", line)
 	}
 }

@@ -1,0 +1,283 @@
+//go:build unix
+
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
+)
+
+// The tests of truth: Ready and the metrics say what becomes of the rows.
+
+// stat is a figure, with a label's value if that is not "".
+func stat(r *running, name, label string) (value float64) {
+	for _, s := range r.Stats() {
+		if s.Name == name && (label == "" || slices.Contains(s.Labels, label)) {
+			value += s.Value + float64(s.Histogram.Count)
+		}
+	}
+	return value
+}
+
+func TestNotReadyWhileTheTableCannotBeUsed(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	gate := make(chan struct{})
+	r := run(t, config{table: tab}, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+		if n.Payload == "held" {
+			<-gate
+		}
+		return nil
+	}))
+	db := testkit.DB(t)
+	gone := func(away bool) {
+		t.Helper()
+		from, to := tab, tab+"_gone"
+		if !away {
+			from, to = to, from
+		}
+		testkit.Exec(t, db, `alter table "`+from+`" rename to "`+to+`"`)
+	}
+	if err := r.Ready(); err != nil {
+		t.Fatalf("at the start: %v", err)
+	}
+	gone(true)
+	_ = r.Handle(t.Context(), notify.Notification{}) // it is woken, and looks
+	testkit.Eventually(t, "ready although the table cannot be read", func() bool { return r.Ready() != nil })
+	if err := r.Ready(); !strings.Contains(err.Error(), tab) || !strings.Contains(err.Error(), "-outbox-schema") {
+		t.Errorf("%v", err)
+	}
+	gone(false)
+	testkit.Eventually(t, "not ready although it is mended", func() bool { return r.Ready() == nil })
+
+	// While it is idle, the probe's connection finds out.
+	gone(true)
+	_, err := db.Exec(r.Verify())
+	if err == nil {
+		t.Fatal("the statement of the probe does not need the table")
+	}
+	r.Verified(err)
+	if r.Ready() == nil {
+		t.Error("ready although the probe has found the table gone")
+	}
+	gone(false)
+	testkit.Eventually(t, "not ready although it is mended", func() bool { return r.Ready() == nil })
+
+	// A result that cannot be written.
+	insert(t, db, tab, channel, "held")
+	testkit.Eventually(t, "not begun", func() bool { r.mu.Lock(); defer r.mu.Unlock(); return r.running == 1 })
+	testkit.Exec(t, db, `create or replace function "`+tab+`_no"() returns trigger language plpgsql as 'begin raise exception ''no deletes today''; end'`)
+	testkit.Exec(t, db, `create trigger no before delete on "`+tab+`" for each row execute function "`+tab+`_no"()`)
+	close(gate)
+	testkit.Eventually(t, "ready although results cannot be written", func() bool { return r.Ready() != nil })
+	if err := r.Ready(); !strings.Contains(err.Error(), "cannot be written") || !strings.Contains(err.Error(), "no deletes today") {
+		t.Errorf("%v", err)
+	}
+	testkit.Exec(t, db, `drop trigger no on "`+tab+`"`)
+	testkit.Eventually(t, "not ready although it is mended", func() bool { return r.Ready() == nil })
+	emptied(t, db, tab)
+}
+
+func TestHintsForWhatIsNotATable(t *testing.T) {
+	t.Parallel()
+	db, tab := testkit.DB(t), outboxTable(t, testkit.DB(t))
+	testkit.Exec(t, db, `create view "`+tab+`_view" as select * from "`+tab+`"`)
+	testkit.Exec(t, db, `create table "`+tab+`_other" (id int)`)
+	dropLater(t, db, tab+"_other")
+	t.Cleanup(func() { _, _ = db.Exec(`drop view "` + tab + `_view"`) })
+	for name, want := range map[string]string{
+		tab + "_view": "is a view; name the table itself", tab + "_other": "bring it up to date",
+		tab + "_none": "make it: OUTBOX_TABLE=" + tab + "_none pglistener -outbox-schema",
+	} {
+		r := run(t, config{table: name, channel: name}, &seen{})
+		if line := r.Wait(t, "outbox cannot be read", 1); !strings.Contains(line["hint"].(string), want) {
+			t.Errorf("%s: %v, want %q", name, line["hint"], want)
+		}
+		if _, err := r.Check(t.Context()); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("-check of %s: %v", name, err)
+		}
+	}
+}
+
+func TestNotReadyWhileNothingSucceeds(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	var fails atomic.Bool
+	fails.Store(true)
+	r := run(t, config{table: tab, attempts: 1000, tweak: func(o *Outbox) { o.options.LateAfter, o.options.Limits.Timeout = 2*time.Second, time.Second }},
+		notify.HandlerFunc(func(context.Context, notify.Notification) error {
+			if fails.Load() {
+				return errors.New("not today")
+			}
+			return nil
+		}))
+	time.Sleep(2500 * time.Millisecond) // that an idle channel is never late is a point too
+	if err := r.Ready(); err != nil {
+		t.Fatalf("idle, and late: %v", err)
+	}
+	inserted := time.Now()
+	insert(t, testkit.DB(t), tab, channel, "x")
+	testkit.Eventually(t, "ready although nothing succeeds", func() bool { return r.Ready() != nil })
+	if took := time.Since(inserted); took < 1900*time.Millisecond {
+		t.Errorf("late after %v, sooner than LATE_AFTER", took)
+	}
+	if err := r.Ready(); err == nil || !strings.Contains(err.Error(), "no row has succeeded for") {
+		t.Errorf("%v", err)
+	}
+	if age := stat(r, "pglistener_outbox_oldest_seconds", ""); age < 1.5 {
+		t.Errorf("everything is in backoff, and the oldest is said to be %v s old", age)
+	}
+	fails.Store(false)
+	testkit.Eventually(t, "not ready although it succeeds again", func() bool { return r.Ready() == nil })
+	emptied(t, testkit.DB(t), tab)
+	if age := stat(r, "pglistener_outbox_oldest_seconds", ""); age != 0 {
+		t.Errorf("nothing is left, and the oldest is said to be %v s old", age)
+	}
+}
+
+// What one replica has seen fail, another or a person may end.
+func TestLatenessEndsWithTheRow(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	r := run(t, config{table: tab, attempts: 1000, tweak: func(o *Outbox) { o.options.LateAfter, o.options.Limits.Timeout = time.Second, 500*time.Millisecond }},
+		notify.HandlerFunc(func(context.Context, notify.Notification) error { return errors.New("never") }))
+	insert(t, testkit.DB(t), tab, channel, "x")
+	testkit.Eventually(t, "ready although nothing succeeds", func() bool { return r.Ready() != nil })
+	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`"`)
+	r.mu.Lock()
+	r.counts.counted = time.Now().Add(-time.Minute) // the rows are counted every 15 s
+	r.mu.Unlock()
+	_ = r.Handle(t.Context(), notify.Notification{})
+	testkit.Eventually(t, "not ready although nothing is left to do", func() bool { return r.Ready() == nil })
+}
+
+func TestFiguresAreRightWhenTheyAreRead(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	gate := make(chan struct{})
+	r := run(t, config{table: tab, attempts: 2, concurrency: 4}, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+		switch n.Payload {
+		case "1", "2":
+			return errors.New("no")
+		case "held":
+			<-gate
+		}
+		return nil
+	}))
+	fill(t, tab, channel, 50)
+	testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, run_at) select $1, now() + interval '1 day' from generate_series(1, 7)`, channel)
+	figure := func(want float64, name, label string) {
+		t.Helper()
+		testkit.Eventually(t, fmt.Sprintf("%s %s is not %v", name, label, want), func() bool { return stat(r, name, label) == want })
+	}
+	figure(48, "pglistener_items_total", "done")
+	figure(2, "pglistener_items_total", "failed")
+	figure(4, "pglistener_handler_failures_total", "")
+	figure(2, "pglistener_handler_retries_total", "")
+	figure(52, "pglistener_handler_duration_seconds", "")
+	// Without a count since: what this replica has done itself is known at once.
+	figure(2, "pglistener_outbox_rows", "failed")
+	figure(0, "pglistener_outbox_rows", "due")
+	insert(t, testkit.DB(t), tab, channel, "held")
+	testkit.Eventually(t, "the oldest has no age", func() bool { return stat(r, "pglistener_items_total", "done") == 48 && r.runs() == 1 })
+	// With one, what others did is known too.
+	r.mu.Lock()
+	r.counts.counted, r.counts.changed = time.Now().Add(-time.Minute), true
+	r.mu.Unlock()
+	_ = r.Handle(t.Context(), notify.Notification{})
+	figure(7, "pglistener_outbox_rows", "delayed")
+	figure(1, "pglistener_outbox_rows", "due") // the one that is held
+	close(gate)
+	figure(49, "pglistener_items_total", "done")
+	figure(0, "pglistener_outbox_rows", "due")
+}
+
+func (r *running) runs() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.running
+}
+
+// Ids are the event's: no table, database or time repeats one.
+func TestIDsAreUnique(t *testing.T) {
+	t.Parallel()
+	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
+	failed := map[string]bool{}
+	run(t, config{table: tab, attempts: 5}, notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
+		_ = s.Handle(ctx, n)
+		if !failed[n.Payload] {
+			failed[n.Payload] = true
+			return errors.New("once more")
+		}
+		return nil
+	}))
+	for round := range 2 {
+		for i := range 3 {
+			insert(t, testkit.DB(t), tab, channel, fmt.Sprintf("%d-%d", round, i))
+		}
+		emptied(t, testkit.DB(t), tab)
+		testkit.Exec(t, testkit.DB(t), `truncate "`+tab+`" restart identity`)
+	}
+	ids := map[string]string{}
+	for _, n := range s.list {
+		if before, known := ids[n.ID()]; known && before != n.Payload {
+			t.Errorf("%s and %s have the id %s", before, n.Payload, n.ID())
+		}
+		ids[n.ID()] = n.Payload
+	}
+	if len(s.list) != 12 || len(ids) != 6 {
+		t.Errorf("%d ids in %d calls, want 6 in 12: each the same at both attempts", len(ids), len(s.list))
+	}
+}
+
+// Rows for a channel that nobody handles are not forgotten.
+func TestRowsOfAStrangeChannelAreNamed(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, run_at) select 'oders', now() - interval '5 minutes' from generate_series(1, 3)`)
+	testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel) values ('just now')`)
+	testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, run_at) values ($1, now() - interval '5 minutes')`, channel)
+	r := run(t, config{table: tab}, &seen{})
+	line := r.Wait(t, "rows have been due for minutes on a channel", 1)
+	if line["unhandled"] != "oders" || line["rows"] != 3.0 || line["level"] != "WARN" {
+		t.Errorf("%v", line)
+	}
+	testkit.Eventually(t, "the metric does not count them", func() bool { return stat(r, "pglistener_outbox_unhandled_rows", "") == 3 })
+	if n := len(r.All("rows have been due")); n != 1 {
+		t.Errorf("told %d times", n)
+	}
+}
+
+// TestUpgradeKeepsTheNumbers starts from the table as it was before event_id.
+func TestUpgradeKeepsTheNumbers(t *testing.T) {
+	t.Parallel()
+	db, tab, channel, s := testkit.DB(t), testkit.ChannelName(t), testkit.ChannelName(t), &seen{}
+	dropLater(t, db, tab)
+	before, err := os.ReadFile("testdata/schema-1.0.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names, err := parseTable(tab)
+	if err != nil {
+		t.Fatal(err)
+	}
+	testkit.Exec(t, db, names.sql(string(before)))
+	old := insert(t, db, tab, channel, "old")
+	makeOutbox(t, db, tab)
+	insert(t, db, tab, channel, "new")
+	run(t, config{table: tab}, s)
+	emptied(t, db, tab)
+	if len(s.list) != 2 || s.list[0].ID() != fmt.Sprint(old) || len(s.list[1].ID()) != 36 {
+		t.Errorf("%+v", s.list)
+	}
+}

@@ -1,0 +1,70 @@
+package retry
+
+import (
+	"errors"
+	"testing"
+	"time"
+)
+
+var errAway = errors.New("away")
+
+func TestBreakerOpensAfterThreeDifferentItems(t *testing.T) {
+	now := time.Now()
+	var b Breaker
+	for i, item := range []string{"a", "a", "a", "b", "a", "b"} {
+		if opened, wasOpen := b.Fail(item, errAway, now); opened || wasOpen {
+			t.Fatalf("opened by failure %d, of two items", i)
+		}
+	}
+	if opened, wasOpen := b.Fail("c", errAway, now); !opened || wasOpen || !b.Open() {
+		t.Fatal("not opened by the third item")
+	}
+	if since, cause := b.Since(); !since.Equal(now) || cause != errAway {
+		t.Errorf("since %v because of %v", since, cause)
+	}
+	if opened, wasOpen := b.Fail("d", errAway, now); opened || !wasOpen {
+		t.Error("a failure while it is open is charged")
+	}
+}
+
+func TestBreakerForgetsWhenOneSucceeds(t *testing.T) {
+	now := time.Now()
+	var b Breaker
+	b.Fail("a", errAway, now)
+	b.Fail("b", errAway, now)
+	if b.Succeed(now) != 0 {
+		t.Error("it was never open")
+	}
+	b.Fail("c", errAway, now)
+	b.Fail("d", errAway, now)
+	if b.Open() {
+		t.Error("open although one succeeded between")
+	}
+	b.Fail("e", errAway, now)
+	if paused := b.Succeed(now.Add(time.Hour)); paused != time.Hour || b.Open() {
+		t.Errorf("paused for %v, open: %v", paused, b.Open())
+	}
+}
+
+func TestBreakerTriesAreSpaced(t *testing.T) {
+	now := time.Now()
+	var b Breaker
+	for _, item := range []string{"a", "b", "c"} {
+		b.Fail(item, errAway, now)
+	}
+	for n := 1; n < 20; n++ {
+		full := min(time.Minute, 2*time.Second<<(n-1))
+		wait := b.Try(now, time.Second)
+		if wait < full/2 || wait > full {
+			t.Fatalf("try %d after %v, want %v at most", n, wait, full)
+		}
+		now = now.Add(wait)
+		if b.Try(now, time.Second) != 0 {
+			t.Fatal("not when it said")
+		}
+		if wait := b.Try(now, time.Second); wait != time.Second { // the one that was begun has not been answered yet
+			t.Fatalf("the next one after %v", wait)
+		}
+		b.Fail("x", errAway, now)
+	}
+}

@@ -1,0 +1,185 @@
+package webhook
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pglistener/pglistener/internal/retry"
+)
+
+// How files are read again when they change.
+const (
+	lookEvery    = time.Second
+	settled      = 100 * time.Millisecond // a change that stands for so long is complete
+	settleTries  = 5                      // then the next look goes on
+	lookPatience = time.Second            // how long the others wait for the one that looks
+)
+
+// view is what one look at the settings and their files saw.
+type view struct {
+	settings Settings
+	problem  string         // why the settings could not be read again
+	files    [3]os.FileInfo // of settings.files; nil where there is none
+}
+
+// prepared is what requests are made with: the settings of a view, ready for use. It never changes.
+type prepared struct {
+	parsed
+	from      view
+	transport *http.Transport
+	shield    *strings.Replacer // hides the secrets in a text
+}
+
+// hide returns text without the secrets.
+func (p *prepared) hide(text string) string { return p.shield.Replace(text) }
+
+// prepare makes v's settings ready for use. old, which may be nil, is what is in use: its connections are kept
+// if the certificates are the same. The error is the first problem.
+func (h *handler) prepare(v view, old *prepared) (*prepared, error) {
+	parsed, problems := v.settings.parse()
+	if len(problems) > 0 {
+		return nil, problems[0]
+	}
+	if h.basic != "" {
+		if parsed.header["Authorization"] != nil {
+			return nil, errors.New("WEBHOOK_AUTHORIZATION: the URL has a user too; set one of them")
+		}
+		parsed.header["Authorization"] = []string{h.basic}
+	}
+	parsed.hide(h.hidden...)
+	// Where one begins with another, the longer one comes first.
+	slices.SortFunc(parsed.hidden, func(a, b string) int { return len(b) - len(a) })
+	var pairs []string
+	for _, s := range parsed.hidden {
+		pairs = append(pairs, s, "[hidden]")
+	}
+	p := &prepared{parsed: parsed, from: v, shield: strings.NewReplacer(pairs...)}
+	if old != nil && v.sameFiles(old.from) {
+		p.transport = old.transport
+	} else {
+		p.transport = newTransport(parsed.tls, h.concurrency)
+	}
+	return p, nil
+}
+
+// newTransport makes the connections of a handler. A nil config is the default.
+func newTransport(config *tls.Config, concurrency int) *http.Transport {
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	t.TLSClientConfig = config
+	t.MaxIdleConns, t.MaxIdleConnsPerHost = 0, concurrency // 0: no other limit
+	t.MaxResponseHeaderBytes = 64 << 10
+	t.DisableCompression = true // answers are short, or not read
+	// Without pings all requests of HTTP/2 would use a connection that a firewall has forgotten, each until its
+	// time limit.
+	t.HTTP2 = &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second}
+	t.Proxy = func(req *http.Request) (*url.URL, error) {
+		u, err := http.ProxyFromEnvironment(req)
+		if err != nil {
+			return nil, errors.New("HTTP_PROXY or HTTPS_PROXY is not a valid URL (not shown: it may hold a password)")
+		}
+		return u, nil
+	}
+	return t
+}
+
+// current returns what to make a request with. If the last look at the files is a second old it looks first; if
+// somebody else is looking it waits for that, but not for long: a disk that hangs must not stop the requests.
+func (h *handler) current(ctx context.Context) *prepared {
+	p := h.inUse.Load()
+	if h.reread == nil && p.from.settings.files() == [3]string{} || h.now().UnixNano() < h.lookAt.Load() {
+		return p
+	}
+	patience := time.NewTimer(lookPatience)
+	defer patience.Stop()
+	select {
+	case h.looking <- struct{}{}:
+		if h.now().UnixNano() >= h.lookAt.Load() {
+			h.look(ctx)
+			h.lookAt.Store(h.now().Add(lookEvery).UnixNano())
+		}
+		<-h.looking
+	case <-patience.C:
+	case <-ctx.Done():
+	}
+	return h.inUse.Load()
+}
+
+// look puts changed settings into use. Those that cannot be read are logged, and the old ones stay. It is called
+// with the token of looking.
+func (h *handler) look(ctx context.Context) {
+	v := h.see()
+	if v.same(h.seen) {
+		return
+	}
+	// Whoever writes a file, or a certificate and its key, may be in the middle of it.
+	for tries, before := 0, v; ; before = v {
+		if tries++; tries > settleTries || !retry.Sleep(ctx, settled) {
+			return
+		}
+		if v = h.see(); v.same(before) {
+			break
+		}
+	}
+	h.seen = v
+	old := h.inUse.Load()
+	p, err := h.prepare(v, old)
+	if v.problem != "" {
+		err = errors.New(v.problem)
+	}
+	if err != nil {
+		h.setup.Log.Warn("the changed settings of the webhook cannot be used; the old ones stay in use", "error", err)
+		return
+	}
+	h.inUse.Store(p)
+	if old.transport != p.transport {
+		old.transport.CloseIdleConnections() // a request that is under way keeps its own
+	}
+	h.setup.Log.Info("the settings of the webhook have changed")
+}
+
+// see looks at the settings and their files.
+func (h *handler) see() (v view) {
+	v.settings = h.inUse.Load().from.settings
+	if h.reread != nil {
+		s, err := h.reread()
+		if err != nil {
+			v.problem = err.Error()
+		} else {
+			v.settings = s
+		}
+	}
+	v.files = stat(v.settings)
+	return v
+}
+
+func stat(s Settings) (files [3]os.FileInfo) {
+	for i, path := range s.files() {
+		if path != "" {
+			files[i], _ = os.Stat(path) // a missing one is found when it is read
+		}
+	}
+	return files
+}
+
+// same says whether nothing has changed from w to v.
+func (v view) same(w view) bool {
+	return v.settings == w.settings && v.problem == w.problem && v.sameFiles(w)
+}
+
+// sameFiles says whether the files are the same, under the same names.
+func (v view) sameFiles(w view) bool {
+	for i, a := range v.files {
+		b := w.files[i]
+		if (a == nil) != (b == nil) || a != nil && (!os.SameFile(a, b) || a.Size() != b.Size() || !a.ModTime().Equal(b.ModTime())) {
+			return false
+		}
+	}
+	return v.settings.files() == w.settings.files()
+}
