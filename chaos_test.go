@@ -152,7 +152,7 @@ func TestOutboxIDAndAttempt(t *testing.T) {
 	emptied(t, testkit.DB(t), tab)
 	r.Wait(t, "handler failed; the row will be tried again", 1)
 	for attempt := 1; attempt <= 2; attempt++ {
-		if got, want := r.Wait(t, "output", attempt)["line"], fmt.Sprintf("%d %d %d", id, attempt, 5<<20); got != want {
+		if got, want := r.Wait(t, "output", attempt)["line"], fmt.Sprintf("%s %d %d", id, attempt, 5<<20); got != want {
 			t.Errorf("the program saw %q, want %q", got, want)
 		}
 	}

@@ -27,21 +27,23 @@ type Config struct {
 	LogPayloads bool `env:"LOG_PAYLOADS,default=true" usage:"false keeps payloads, and what receivers answer, out of the log and last_error"`
 
 	routes []config.Route
+	lookup config.Lookuper
 }
 
 // Setup is what a handler may need from the program around it.
 type Setup struct {
 	notify.Setup
 	Settings ChannelSettings
-	Spec     string        // the handler as it is written in CHANNELS
-	DSN      string        // of the database, for a handler that needs one
-	Timeout  time.Duration // PING_TIMEOUT: how long any single answer of it may take
+	Spec     string                 // the handler as it is written in CHANNELS
+	IsSet    func(name string) bool // whether a variable of the channel is set
+	DSN      string                 // of the database, for a handler that needs one
+	Timeout  time.Duration          // PING_TIMEOUT: how long any single answer of it may take
 }
 
 // loadConfig reads the configuration through lookup. handlers and modes have what CHANNELS may name. It returns
 // every problem at once, one error each, beginning with the name of the variable and free of secrets.
 func loadConfig(lookup config.Lookuper, handlers map[string]newHandler, modes map[string]wrap) (*Config, []error) {
-	c := &Config{}
+	c := &Config{lookup: lookup}
 	problems := config.Decode(c, lookup)
 	report := func(name, format string, args ...any) {
 		problems = append(problems, fmt.Errorf(name+": "+format, args...))
@@ -73,6 +75,7 @@ func (c *Config) setup(r config.Route, log *slog.Logger) Setup {
 		Setup:    notify.Setup{Channel: r.Channel, Log: log.With("channel", r.Channel), Grace: c.Listener.grace(), LogPayloads: c.LogPayloads},
 		Settings: c.Channel,
 		Spec:     r.Spec(),
+		IsSet:    func(name string) bool { value, _ := c.lookup(name); return value != "" },
 		DSN:      c.dsn(),
 		Timeout:  c.Listener.PingTimeout,
 	}
@@ -83,17 +86,16 @@ func (c *Config) setup(r config.Route, log *slog.Logger) Setup {
 func makeChannels(cfg *Config, handlers map[string]newHandler, modes map[string]wrap, log *slog.Logger) (channels []Channel, problems []error) {
 	for _, r := range cfg.routes {
 		s := cfg.setup(r, log)
+		q := queue.Options{Settings: s.Settings.Queue, Limits: s.Settings.Limits, Secret: !cfg.LogPayloads}
 		h, err := handlers[r.Handler](r.Arg, s)
-		if wrap := modes[r.Mode]; err == nil && wrap != nil {
-			h, err = wrap(h, s)
+		if err == nil {
+			h, err = modes[r.Mode](h, s, &q)
 		}
 		if err != nil {
 			problems = append(problems, fmt.Errorf("CHANNELS: channel %q: %w", r.Channel, err))
 			continue
 		}
-		channels = append(channels, Channel{Name: r.Channel, Handler: h, Queue: queue.Options{
-			Settings: s.Settings.Queue, Limits: s.Settings.Limits, Doorbell: r.Mode == "doorbell", Secret: !cfg.LogPayloads,
-		}})
+		channels = append(channels, Channel{Name: r.Channel, Handler: h, Queue: q})
 	}
 	return channels, problems
 }

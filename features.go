@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors" // feature: schedule
 	"log/slog"
 
 	"github.com/pglistener/pglistener/internal/call"
@@ -13,6 +14,7 @@ import (
 	"github.com/pglistener/pglistener/internal/outbox" // feature: outbox
 	"github.com/pglistener/pglistener/internal/proc"   // feature: execcmd
 	"github.com/pglistener/pglistener/internal/queue"
+	"github.com/pglistener/pglistener/internal/schedule" // feature: schedule
 	"github.com/pglistener/pglistener/internal/sdnotify" // feature: sdnotify
 	"github.com/pglistener/pglistener/internal/webhook"  // feature: webhook
 )
@@ -24,9 +26,10 @@ import (
 type ChannelSettings struct {
 	call.Limits
 	Queue    queue.Settings
-	Programs proc.Settings    // feature: execcmd
-	Outbox   outbox.Settings  // feature: outbox
-	Webhook  webhook.Settings // feature: webhook
+	Programs proc.Settings     // feature: execcmd
+	Outbox   outbox.Settings   // feature: outbox
+	Webhook  webhook.Settings  // feature: webhook
+	Schedule schedule.Settings // feature: schedule
 }
 
 // FeatureSettings are the variables of features of which there is one in a process.
@@ -48,18 +51,56 @@ func addHandlers(table map[string]newHandler) map[string]newHandler {
 	return table
 }
 
-// wrap makes of a handler one that works in another mode.
-type wrap func(notify.Handler, Setup) (notify.Handler, error)
+// wrap makes of a handler one that works in another mode, and may change how its queue works.
+type wrap func(h notify.Handler, s Setup, q *queue.Options) (notify.Handler, error)
 
-// modes are what may stand before a handler in CHANNELS; nil is a mode of the queue.
+// modes are what may stand before a handler in CHANNELS.
 func modes() map[string]wrap {
-	all := map[string]wrap{"plain": nil, "doorbell": nil}
+	all := map[string]wrap{
+		"plain": func(h notify.Handler, _ Setup, _ *queue.Options) (notify.Handler, error) { return h, nil },
+		"doorbell": func(h notify.Handler, _ Setup, q *queue.Options) (notify.Handler, error) {
+			q.Doorbell = true
+			return h, nil
+		},
+	}
+	// begin: schedule
+	all["plain"] = func(h notify.Handler, s Setup, _ *queue.Options) (notify.Handler, error) {
+		if s.Settings.Schedule.Text != "" {
+			return nil, errors.New("a plain channel has no schedule: put doorbell: or outbox: before the handler")
+		}
+		return h, nil
+	}
+	all["doorbell"] = func(h notify.Handler, s Setup, q *queue.Options) (notify.Handler, error) {
+		q.Doorbell, q.Rung = true, s.Settings.Schedule.Text != ""
+		if q.Rung {
+			q.Times = s.Settings.Schedule.Times()
+		}
+		return h, nil
+	}
+	// end: schedule
 	// begin: outbox
 	pool := new(outbox.Pool) // of all channels
-	all["outbox"] = func(h notify.Handler, s Setup) (notify.Handler, error) {
-		return outbox.New(h, pool, s.DSN, s.Timeout, s.Settings.Outbox, s.Settings.Limits, s.Setup)
+	options := func(s Setup) outbox.Options {
+		return outbox.Options{
+			Settings: s.Settings.Outbox, Limits: s.Settings.Limits, DSN: s.DSN, Timeout: s.Timeout,
+			Next: schedule.Next, Schedule: s.Settings.Schedule.Text, // feature: schedule
+		}
+	}
+	all["outbox"] = func(h notify.Handler, s Setup, _ *queue.Options) (notify.Handler, error) {
+		return outbox.New(h, pool, options(s), s.Setup)
 	}
 	// end: outbox
+	// begin: schedule outbox
+	inProcess := all["doorbell"]
+	all["doorbell"] = func(h notify.Handler, s Setup, q *queue.Options) (notify.Handler, error) {
+		h, err := inProcess(h, s, q)
+		if !q.Rung || !s.IsSet("OUTBOX_TABLE") {
+			return h, err
+		}
+		q.Times = nil // the row has them, so that replicas and restarts agree
+		return outbox.NewDoorbell(h, pool, options(s), s.Setup)
+	}
+	// end: schedule outbox
 	return all
 }
 

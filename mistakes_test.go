@@ -60,7 +60,7 @@ func TestLikelyMistakes(t *testing.T) {
 		"program missing":         {fast(testkit.DSN(t), channel+"=exec:drian"), cli.Usage, []string{`"drian" is not in PATH`}},
 		"webhook refuses":         {fast(testkit.DSN(t), channel+"=doorbell:"+refusing.URL), runs, []string{"gave up", "status 403", "who are you"}},
 		"table missing":           {fast(testkit.DSN(t), channel+"=outbox:log", vars{"OUTBOX_TABLE": "no_such_table"}), runs, []string{"outbox cannot be read", "no_such_table", "-outbox-schema | psql"}},
-		"no privilege on a table": {fast(testkit.WithUser(testkit.DSN(t), role, "x"), channel+"=outbox:log", sending(private)), runs, []string{"permission denied", "grant select, update, delete on"}},
+		"no privilege on a table": {fast(testkit.WithUser(testkit.DSN(t), role, "x"), channel+"=outbox:log", sending(private)), runs, []string{"permission denied", "grant select, insert, update, delete on"}},
 		"address in use":          {fast(testkit.DSN(t), channel, vars{"HTTP_ADDR": taken.Addr().String()}), cli.Failed, []string{"HTTP_ADDR", "address already in use"}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -72,13 +72,13 @@ func emptied(t *testing.T, db *sql.DB, table string) {
 	testkit.Eventually(t, "the outbox is not emptied", func() bool { return rowCount(t, db, table) == 0 })
 }
 
-func insert(t *testing.T, db *sql.DB, table, channel, payload string) (id int64) {
+func insert(t *testing.T, db *sql.DB, table, channel, payload string) (event string) {
 	t.Helper()
-	err := db.QueryRowContext(t.Context(), `insert into "`+table+`" (channel, payload) values ($1, $2) returning id`, channel, payload).Scan(&id)
+	err := db.QueryRowContext(t.Context(), `insert into "`+table+`" (channel, payload) values ($1, $2) returning event_id`, channel, payload).Scan(&event)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return id
+	return event
 }
 
 // seen is a handler that records what it is given.
@@ -140,7 +140,7 @@ func TestOutboxLeastPrivileges(t *testing.T) {
 	t.Cleanup(func() { _, _ = testkit.DB(t).Exec("drop owned by " + role + "; drop role " + role) })
 	dsn := testkit.WithUser(testkit.DSN(t), role, "x")
 	out := runCheck(t, fast(dsn, channel+"=outbox:log", sending(tab)), cli.Failed)
-	if !strings.Contains(out, "grant select, update, delete on") {
+	if !strings.Contains(out, "grant select, insert, update, delete on") {
 		t.Errorf("no help: %s", out)
 	}
 	testkit.Exec(t, testkit.DB(t), `grant select, update, delete on "`+tab+`" to `+role)

@@ -25,6 +25,7 @@ var traces = map[string]string{
 	"execcmd":  `exec:|execcmd`,
 	"webhook":  `(?i)webhook|https?://\.\.\.`,
 	"health":   `(?i)\bhealth|readyz|livez|metrics|HTTP_ADDR`,
+	"schedule": `(?i)\bschedule|crontab`,
 	"sdnotify": `(?i)systemd|sdnotify`,
 }
 

@@ -57,7 +57,7 @@ func TestOutboxToWebhook(t *testing.T) {
 		t.Fatalf("%d requests", len(requests))
 	}
 	for i, req := range requests {
-		if req.Header.Get("webhook-id") != fmt.Sprint(id) || req.Header.Get("Pglistener-Attempt") != fmt.Sprint(i+1) || req.Header.Get("webhook-signature") == "" {
+		if req.Header.Get("webhook-id") != id || req.Header.Get("Pglistener-Attempt") != fmt.Sprint(i+1) || req.Header.Get("webhook-signature") == "" {
 			t.Errorf("attempt %d: %v", i+1, req.Header)
 		}
 		if user, password, _ := req.BasicAuth(); user != "user" || password != "hunter2" {

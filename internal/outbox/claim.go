@@ -70,21 +70,17 @@ func (o *Outbox) fetch(room int) (claimed int, next time.Duration, err error) {
 	return len(jobs), min(next, due), err
 }
 
-// keepSchedule makes sure of the row of NAME_SCHEDULE at the start, and when the channel was asked to catch up.
+// keepSchedule makes sure of the row of NAME_SCHEDULE, at the start and then at most once a minute: somebody may
+// have deleted it. Without a schedule a row that is left over goes at the start.
 func (o *Outbox) keepSchedule() error {
-	o.mu.Lock()
-	due := o.keep
-	o.mu.Unlock()
-	if !due {
+	if !o.kept.IsZero() && (o.options.Schedule == "" || time.Since(o.kept) < time.Minute) {
 		return nil
 	}
-	if err := o.store.keepSchedule(scheduleKey, o.options.Schedule); err != nil {
-		return err
+	err := o.store.keepSchedule(scheduleKey, o.options.Schedule)
+	if err == nil {
+		o.kept = time.Now()
 	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.keep = false
-	return nil
+	return err
 }
 
 // scheduleKey is the key of the row of NAME_SCHEDULE.

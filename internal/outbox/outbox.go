@@ -50,12 +50,12 @@ type Outbox struct {
 	retry   retry.Backoff
 
 	wake chan struct{} // capacity 1: there may be something due
+	kept time.Time     // when the claimer last made sure of the row of NAME_SCHEDULE
 
 	mu       sync.Mutex    // guards what follows
 	buffer   []job         // claimed, not begun; in order
 	ready    *sync.Cond    // of mu: the buffer has grown, or the end has come
 	stopping bool          // begin nothing more
-	keep     bool          // the row of NAME_SCHEDULE is to be made sure of
 	running  int           // handlers
 	low      int           // when the buffer is down to this, more is claimed
 	results  []result      // not yet written
@@ -143,9 +143,6 @@ func (o *Outbox) Handle(context.Context, notify.Notification) error {
 
 // CatchUp wakes the drain: rows may have been inserted.
 func (o *Outbox) CatchUp(context.Context) error {
-	o.mu.Lock()
-	o.keep = true
-	o.mu.Unlock()
 	o.poke()
 	return nil
 }
@@ -165,7 +162,7 @@ func (o *Outbox) Run(stop, quit context.Context) {
 	defer o.pool.release(o.channel)
 	var workers, writer sync.WaitGroup
 	o.mu.Lock()
-	o.health.progress, o.keep = time.Now(), true
+	o.health.progress = time.Now()
 	o.mu.Unlock()
 	for range o.options.Concurrency {
 		workers.Go(func() { o.work(quit) })

@@ -21,7 +21,6 @@ import (
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 	"github.com/pglistener/pglistener/internal/retry"
-	"github.com/pglistener/pglistener/internal/schedule"
 )
 
 func TestMain(m *testing.M) { os.Exit(testkit.Main(m)) }
@@ -40,13 +39,8 @@ type config struct {
 	concurrency, attempts int
 	timeout               time.Duration
 	schedule              string
+	next                  func(string, time.Time, time.Time) (time.Time, error)
 	tweak                 func(*Outbox)
-}
-
-// next is the Next that the program has.
-func next(text string, nominal, now time.Time) (time.Time, error) {
-	s, err := schedule.Parse(text, time.UTC)
-	return s.Next(nominal, now), err
 }
 
 // run runs an Outbox until the test ends.
@@ -66,7 +60,7 @@ func run(t *testing.T, c config, h notify.Handler) *running {
 	r.Outbox, err = New(h, new(Pool), Options{
 		Settings: Settings{Table: c.table, Attempts: max(c.attempts, 1)},
 		Limits:   call.Limits{Concurrency: max(c.concurrency, 1), Timeout: c.timeout, LateAfter: time.Minute},
-		DSN:      c.dsn, Timeout: 5 * time.Second, Next: next, Schedule: c.schedule,
+		DSN:      c.dsn, Timeout: 5 * time.Second, Next: c.next, Schedule: c.schedule,
 	}, notify.Setup{Channel: c.channel, Log: r.Logger(), Grace: time.Second})
 	if err != nil {
 		t.Fatal(err)

@@ -1,3 +1,5 @@
+// feature: schedule
+
 //go:build unix
 
 package outbox
@@ -17,9 +19,23 @@ import (
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 	"github.com/pglistener/pglistener/internal/retry"
+	"github.com/pglistener/pglistener/internal/schedule"
 )
 
 // The tests of rows with a schedule or a key.
+
+// next is the Next that the program has.
+func next(text string, nominal, now time.Time) (time.Time, error) {
+	s, err := schedule.Parse(text, time.UTC)
+	return s.Next(nominal, now), err
+}
+
+// runScheduled is run with schedules.
+func runScheduled(t *testing.T, c config, h notify.Handler) *running {
+	t.Helper()
+	c.next = next
+	return run(t, c, h)
+}
 
 // row is what stands in the table.
 type row struct {
@@ -60,7 +76,7 @@ func planned(t *testing.T, tab string) {
 func TestScheduledRowRunsAtItsTimes(t *testing.T) {
 	t.Parallel()
 	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
-	run(t, config{table: tab}, s)
+	runScheduled(t, config{table: tab}, s)
 	inserted := time.Now()
 	addSchedule(t, tab, channel, "@every 2s")
 	planned(t, tab)
@@ -93,7 +109,7 @@ func TestMissedTimesAreMadeUpForOnce(t *testing.T) {
 	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
 	addSchedule(t, tab, channel, "0 * * * *")
 	testkit.Exec(t, testkit.DB(t), `update "`+tab+`" set attempts = 0, run_at = date_trunc('hour', now()) - interval '30 hours'`)
-	run(t, config{table: tab}, s)
+	runScheduled(t, config{table: tab}, s)
 	testkit.Eventually(t, "what was missed is not made up for", func() bool { return theRow(t, tab, "true").runAt.After(time.Now()) })
 	if n := len(s.payloads()); n != 1 {
 		t.Errorf("made up for %d times", n)
@@ -112,7 +128,7 @@ func TestScheduledRowThatFails(t *testing.T) {
 	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
 	var mu sync.Mutex
 	var runs []notify.Notification
-	run(t, config{table: tab, attempts: 3}, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+	runScheduled(t, config{table: tab, attempts: 3}, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
 		mu.Lock()
 		defer mu.Unlock()
 		runs = append(runs, n)
@@ -143,7 +159,7 @@ func TestScheduledRowThatFails(t *testing.T) {
 func TestScheduleThatCannotBeReadFailsItsRow(t *testing.T) {
 	t.Parallel()
 	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
-	r := run(t, config{table: tab}, &seen{})
+	r := runScheduled(t, config{table: tab}, &seen{})
 	for text, want := range map[string]string{"0 25 * * *": "25", "every day": `schedule "every day"`, "0 0 30 2 *": "never comes"} {
 		addSchedule(t, tab, channel, text)
 		testkit.Eventually(t, text+" has not failed", func() bool {
@@ -164,7 +180,7 @@ func TestReplicasRunEachTimeOnce(t *testing.T) {
 	times := map[time.Time]int{}
 	var mu sync.Mutex
 	for range 3 {
-		run(t, config{table: tab}, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+		runScheduled(t, config{table: tab}, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
 			mu.Lock()
 			defer mu.Unlock()
 			times[n.RunAt]++
@@ -188,7 +204,7 @@ func TestSilentReplicaIsReplaced(t *testing.T) {
 	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
 	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
 	gate, began := make(chan struct{}), make(chan struct{}, 1)
-	silent := run(t, config{dsn: dsn, table: tab, tweak: func(o *Outbox) { o.store.lease = 2 * time.Second }},
+	silent := runScheduled(t, config{dsn: dsn, table: tab, tweak: func(o *Outbox) { o.store.lease = 2 * time.Second }},
 		notify.HandlerFunc(func(ctx context.Context, _ notify.Notification) error {
 			began <- struct{}{}
 			select {
@@ -203,7 +219,7 @@ func TestSilentReplicaIsReplaced(t *testing.T) {
 	proxy.Silence()
 	var others [2]atomic.Int64
 	for i := range others {
-		run(t, config{table: tab}, notify.HandlerFunc(func(context.Context, notify.Notification) error { others[i].Add(1); return nil }))
+		runScheduled(t, config{table: tab}, notify.HandlerFunc(func(context.Context, notify.Notification) error { others[i].Add(1); return nil }))
 	}
 	testkit.Eventually(t, "nobody takes over", func() bool { return others[0].Load()+others[1].Load() >= 2 })
 	_ = silent
@@ -217,7 +233,7 @@ func TestUpsertsDuringARunLeaveOneMore(t *testing.T) {
 	t.Parallel()
 	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
 	gate, began := make(chan struct{}), make(chan struct{}, 10)
-	run(t, config{table: tab, concurrency: 4}, notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
+	runScheduled(t, config{table: tab, concurrency: 4}, notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
 		began <- struct{}{}
 		if n.Payload == "0" {
 			<-gate
@@ -253,7 +269,7 @@ func TestUpsertsDebounce(t *testing.T) {
 	for i := range 100 {
 		testkit.Exec(t, testkit.DB(t), fmt.Sprintf(upsert, tab), channel, fmt.Sprint(i%2), fmt.Sprint(i))
 	}
-	run(t, config{table: tab}, s)
+	runScheduled(t, config{table: tab}, s)
 	emptied(t, testkit.DB(t), tab)
 	if n := len(s.payloads()); n != 2 {
 		t.Errorf("handled %d, want 2", n)
@@ -269,7 +285,7 @@ func TestOpenUpsertHoldsUpNobody(t *testing.T) {
 	t.Parallel()
 	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
 	gate := make(chan struct{})
-	run(t, config{table: tab, concurrency: 4}, notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
+	runScheduled(t, config{table: tab, concurrency: 4}, notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
 		if n.Payload == "held" {
 			<-gate
 		}
@@ -304,8 +320,8 @@ func TestOpenUpsertHoldsUpNobody(t *testing.T) {
 func TestConfiguredScheduleIsKept(t *testing.T) {
 	t.Parallel()
 	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
-	a := run(t, config{table: tab, schedule: "0 3 * * *"}, &seen{})
-	run(t, config{table: tab, schedule: "0 3 * * *"}, &seen{})
+	a := runScheduled(t, config{table: tab, schedule: "0 3 * * *"}, &seen{})
+	runScheduled(t, config{table: tab, schedule: "0 3 * * *"}, &seen{})
 	kept := func(text string) {
 		t.Helper()
 		testkit.Eventually(t, "no row with "+text, func() bool {
@@ -318,14 +334,15 @@ func TestConfiguredScheduleIsKept(t *testing.T) {
 		}
 	}
 	kept("0 3 * * *")
+	a.stop()
 	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`"`)
-	_ = a.CatchUp(t.Context()) // as at each sweep
+	a = runScheduled(t, config{table: tab, schedule: "0 3 * * *"}, &seen{})
 	kept("0 3 * * *")
 	a.stop()
-	a = run(t, config{table: tab, schedule: "30 4 * * *"}, &seen{})
+	a = runScheduled(t, config{table: tab, schedule: "30 4 * * *"}, &seen{})
 	kept("30 4 * * *")
 	a.stop()
-	run(t, config{table: tab}, &seen{})
+	runScheduled(t, config{table: tab}, &seen{})
 	emptied(t, testkit.DB(t), tab)
 }
 
@@ -386,7 +403,7 @@ func TestOldClaimsAndNewOnesLoseNothing(t *testing.T) {
 			}
 		}
 	})
-	r := run(t, config{table: tab, concurrency: 4, attempts: 20, tweak: func(o *Outbox) {
+	r := runScheduled(t, config{table: tab, concurrency: 4, attempts: 20, tweak: func(o *Outbox) {
 		o.store.lease, o.retry = 2*time.Second, retry.Backoff{Min: time.Millisecond, Max: time.Millisecond}
 	}}, s)
 	emptied(t, db, tab)

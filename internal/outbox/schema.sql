@@ -6,7 +6,7 @@
 --
 -- The least that each needs:
 --   grant insert on {table} to producer;
---   grant select, insert, update, delete on {table} to listener;
+--   grant select, update, delete on {table} to listener; and insert, if rows have a schedule
 -- and usage on the schema, if it is not public. A producer that upserts by key also needs select and update.
 --
 -- The way back to the version before: the old program works with this table as it is.
@@ -28,7 +28,9 @@ create table if not exists {table} (
 	due_at       timestamptz, -- what run_at was before it was moved by a failure
 	lease        uuid,        -- whose it is while a handler runs, and
 	leased_until timestamptz  -- until when; in no index, so that claiming touches none
-) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.02);
+);
+-- Half of each page is left free: claiming a row then writes its new version beside it, and no index.
+alter table {table} set (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.02);
 
 -- Of a table from before these columns; its rows keep their number for a key. A default comes after its
 -- column: one statement for both would write every row.

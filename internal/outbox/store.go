@@ -113,6 +113,15 @@ func (s store) end(rows []ending) (fates map[int64]fate, err error) {
 		}
 		nexts = append(nexts, next)
 	}
+	// Only whoever copies needs the right to insert.
+	copied := `copied as (
+			insert into {table} (event_id, channel, payload, attempts, run_at, last_error, created_at, failed_at, key, due_at)
+			select o.event_id, o.channel, o.payload, o.attempts, o.run_at, r.text, o.created_at, now(), o.key, o.due_at
+			from held join {table} o on o.ctid = held.place join r on r.id = held.id
+			where held.ours and not held.changed and r.failed and r.next > 0),`
+	if !slices.ContainsFunc(rows, func(r ending) bool { return r.failed && !r.runAt.IsZero() }) {
+		copied = ""
+	}
 	found, err := s.db.Query(s.table.sql(`
 		with r as materialized (
 			select * from unnest($1::bigint[], $2::int[], $3::text[], $4::float8[], $5::float8[], $6::bool[], $7::text[])
@@ -121,11 +130,7 @@ func (s store) end(rows []ending) (fates map[int64]fate, err error) {
 			select o.ctid as place, o.id, o.lease = $8 and (o.attempts = r.attempts or o.attempts = -1) as ours, o.xmin::text <> r.was as changed
 			from {table} o join r on o.id = r.id
 			for update of o skip locked),
-		copied as (
-			insert into {table} (event_id, channel, payload, attempts, run_at, last_error, created_at, failed_at, key, due_at)
-			select o.event_id, o.channel, o.payload, o.attempts, o.run_at, r.text, o.created_at, now(), o.key, o.due_at
-			from held join {table} o on o.ctid = held.place join r on r.id = held.id
-			where held.ours and not held.changed and r.failed and r.next > 0),
+		`+copied+`
 		updated as (
 			update {table} o set
 				lease = null, leased_until = null,

@@ -30,6 +30,11 @@ type Options struct {
 	Doorbell bool          // a notification is a request to run the handler, and nothing else
 	Retry    retry.Backoff // between attempts; 500 ms to 30 s if zero
 	Secret   bool          // payloads are kept out of the log
+	Rung     bool          // a doorbell that runs when it is rung, and neither at starts and gaps nor every CatchUpInterval
+
+	// Times returns when a doorbell rings by itself: the first time after now; nominal is the time before. With it
+	// Rung should be set.
+	Times func(nominal, now time.Time) time.Time
 }
 
 // Queue owns the notifications of one channel that wait, and the goroutines that handle them.
@@ -54,6 +59,7 @@ type Queue struct {
 	spare      []*call.Caller // of goroutines that have ended, for the next ones
 	done       chan struct{}  // see Drained
 	rung       bool           // a catch-up waits
+	nominal    time.Time      // for which time of its schedule
 	catching   bool           // a catch-up runs
 	stalled    bool           // an offer was refused, and the queue is still more than half full
 	fullAt     time.Time      // when an overflow began; zero when there is none
@@ -96,19 +102,26 @@ func New(quit context.Context, channel string, h notify.Handler, o Options, log 
 	return q
 }
 
-// Start begins to catch up every CatchUpInterval, until Drained.
+// Start begins to catch up every CatchUpInterval, or to ring at the times of Options, until Drained.
 func (q *Queue) Start() {
-	if q.catchUp == nil || q.options.CatchUpInterval == 0 {
+	every := func() time.Duration { return retry.Jitter(q.options.CatchUpInterval) }
+	due := func() bool { return true }
+	switch {
+	case q.options.Times != nil:
+		every, due = q.times(func() time.Time { return time.Now().Round(0) }) // without the monotonic clock
+	case q.catchUp == nil || q.options.CatchUpInterval == 0 || q.options.Rung:
 		return
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.sweep = time.AfterFunc(retry.Jitter(q.options.CatchUpInterval), func() {
+	q.sweep = time.AfterFunc(every(), func() {
 		q.mu.Lock()
 		defer q.mu.Unlock()
 		if q.sweep != nil && q.quit.Err() == nil {
-			q.ring()
-			q.sweep.Reset(retry.Jitter(q.options.CatchUpInterval))
+			if due() {
+				q.ring()
+			}
+			q.sweep.Reset(every())
 		}
 	})
 }
@@ -144,7 +157,7 @@ func (q *Queue) Room() <-chan struct{} { return q.room }
 
 // CatchUp has the handler catch up, if it can; requests that wait are merged into one.
 func (q *Queue) CatchUp() {
-	if q.catchUp == nil {
+	if q.catchUp == nil || q.options.Rung {
 		return
 	}
 	q.mu.Lock()
@@ -219,7 +232,9 @@ func (q *Queue) run() {
 	for q.quit.Err() == nil {
 		if q.rung && !q.catching {
 			q.rung, q.catching = false, true
-			q.do(c, q.catchUp, notify.Notification{Channel: q.channel, Key: rand.Text()})
+			n := notify.Notification{Channel: q.channel, Key: rand.Text(), RunAt: q.nominal}
+			q.nominal = time.Time{}
+			q.do(c, q.catchUp, n)
 			q.catching = false
 		} else if q.waiting.len() > 0 {
 			n := q.waiting.pop()

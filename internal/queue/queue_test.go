@@ -441,3 +441,61 @@ func stat(w testQueue, name, result string) (value float64) {
 	}
 	return value
 }
+
+// A doorbell with times of its own runs then and when rung, and neither at starts and gaps nor at sweeps.
+func TestDoorbellRingsAtItsTimes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		var runs []notify.Notification
+		var at []time.Duration
+		w := newTestQueue(t, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+			runs, at = append(runs, n), append(at, time.Since(began))
+			return nil
+		}), Options{Doorbell: true, Rung: true, Settings: Settings{CatchUpInterval: time.Second},
+			Times: func(_, now time.Time) time.Time { return now.Truncate(5 * time.Minute).Add(5 * time.Minute) }})
+		w.Start()
+		w.CatchUp() // as at the start and after a gap
+		time.Sleep(12 * time.Minute)
+		w.give(t, "")
+		time.Sleep(5 * time.Minute)
+		w.finish(t)
+		if len(at) != 4 || at[0] != 5*time.Minute || at[1] != 10*time.Minute || at[2] != 12*time.Minute || at[3] != 15*time.Minute {
+			t.Errorf("ran at %v", at)
+		}
+		if !runs[0].RunAt.Equal(began.Add(5*time.Minute)) || !runs[2].RunAt.IsZero() {
+			t.Errorf("told %v and %v", runs[0].RunAt, runs[2].RunAt)
+		}
+	})
+}
+
+// The clock may jump either way: no time is left out or repeated.
+func TestTimesWhenTheClockJumps(t *testing.T) {
+	clock := time.Date(2026, 3, 1, 10, 59, 0, 0, time.UTC)
+	q := &Queue{options: Options{Times: func(_, now time.Time) time.Time { return now.Truncate(time.Hour).Add(time.Hour) }}}
+	wait, due := q.times(func() time.Time { return clock })
+	for i, step := range []struct {
+		set  string
+		runs string // the time that has come, or ""
+	}{
+		{"10:59", ""}, {"11:00", "11:00"}, {"11:01", ""},
+		{"10:30", ""}, {"10:59", ""}, {"11:00", ""}, {"11:30", ""}, {"12:00", "12:00"}, // set back: 11:00 is not repeated
+		{"15:10", "13:00"}, {"15:11", ""}, {"16:00", "16:00"}, // set forward: made up for once
+	} {
+		at, err := time.Parse("15:04", step.set)
+		if err != nil {
+			t.Fatal(err)
+		}
+		clock = time.Date(2026, 3, 1, at.Hour(), at.Minute(), 0, 0, time.UTC)
+		q.nominal = time.Time{}
+		ran := ""
+		if due() {
+			ran = q.nominal.Format("15:04")
+		}
+		if ran != step.runs {
+			t.Errorf("step %d, %s: ran %q, want %q", i, step.set, ran, step.runs)
+		}
+		if w := wait(); w > lookAgain {
+			t.Errorf("step %d: looks at the clock again only after %v", i, w)
+		}
+	}
+}

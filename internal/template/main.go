@@ -34,7 +34,8 @@ var features = map[string][]string{
 	"outbox":   {"bench", "internal/benchside"},
 	"execcmd":  {"internal/demo"},
 	"webhook":  {},
-	"health":   {},
+	"health":   {"deploy/kubernetes.yaml", "deploy/alerts.yml", "deploy/alerts_test.yml"},
+	"schedule": {},
 	"sdnotify": {"deploy/pglistener.service"},
 }
 
