@@ -40,8 +40,8 @@ type Setup struct {
 	Timeout  time.Duration          // PING_TIMEOUT: how long any single answer of it may take
 }
 
-// loadConfig reads the configuration through lookup. handlers and modes have what CHANNELS may name. It returns
-// every problem at once, one error each, beginning with the name of the variable and free of secrets.
+// loadConfig reads the configuration through lookup. handlers and modes have what CHANNELS may name. It returns every
+// problem at once, one error each, beginning with the name of the variable and free of secrets.
 func loadConfig(lookup config.Lookuper, handlers map[string]newHandler, modes map[string]wrap) (*Config, []error) {
 	c := &Config{lookup: lookup}
 	problems := config.Decode(c, lookup)
@@ -81,8 +81,8 @@ func (c *Config) setup(r config.Route, log *slog.Logger) Setup {
 	}
 }
 
-// makeChannels makes the handlers of all routes, and what the Listener needs to know of them. It returns an
-// error for each that cannot be made.
+// makeChannels makes the handlers of all routes, and what the Listener needs to know of them. It returns an error for
+// each that cannot be made.
 func makeChannels(cfg *Config, handlers map[string]newHandler, modes map[string]wrap, log *slog.Logger) (channels []Channel, problems []error) {
 	for _, r := range cfg.routes {
 		s := cfg.setup(r, log)

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors" // feature: schedule
 	"log/slog"
+	"time" // feature: check
 
 	"github.com/pglistener/pglistener/internal/call"
+	"github.com/pglistener/pglistener/internal/check" // feature: check
 	"github.com/pglistener/pglistener/internal/cli"
 	"github.com/pglistener/pglistener/internal/config"
 	"github.com/pglistener/pglistener/internal/execcmd" // feature: execcmd
@@ -14,13 +16,14 @@ import (
 	"github.com/pglistener/pglistener/internal/outbox" // feature: outbox
 	"github.com/pglistener/pglistener/internal/proc"   // feature: execcmd
 	"github.com/pglistener/pglistener/internal/queue"
+	"github.com/pglistener/pglistener/internal/retry"    // feature: check
 	"github.com/pglistener/pglistener/internal/schedule" // feature: schedule
 	"github.com/pglistener/pglistener/internal/sdnotify" // feature: sdnotify
 	"github.com/pglistener/pglistener/internal/webhook"  // feature: webhook
 )
 
-// The features are what can be left out, each a folder of internal. This file connects them. make new
-// WITHOUT="..." copies the project without the folders and the lines that name them.
+// The features are what can be left out, each a folder of internal. This file connects them. make new WITHOUT="..."
+// copies the project without the folders and the lines that name them.
 
 // ChannelSettings are the variables of a channel.
 type ChannelSettings struct {
@@ -39,9 +42,11 @@ type FeatureSettings struct {
 
 // addHandlers adds the handlers of the features to the table of handler.go.
 func addHandlers(table map[string]newHandler) map[string]newHandler {
+	// begin: execcmd
 	table["exec"] = func(arg string, s Setup) (notify.Handler, error) {
 		return execcmd.New(arg, s.Settings.Programs, s.Setup)
-	} // feature: execcmd
+	}
+	// end: execcmd
 	// begin: webhook
 	table["https"] = func(_ string, s Setup) (notify.Handler, error) {
 		return webhook.New(s.Spec, s.Settings.Webhook, s.Settings.Concurrency, s.Setup)
@@ -66,7 +71,7 @@ func modes() map[string]wrap {
 	// begin: schedule
 	all["plain"] = func(h notify.Handler, s Setup, _ *queue.Options) (notify.Handler, error) {
 		if s.Settings.Schedule.Text != "" {
-			return nil, errors.New("a plain channel has no schedule: put doorbell: or outbox: before the handler")
+			return nil, errors.New("a plain channel has no schedule: it is for the other modes")
 		}
 		return h, nil
 	}
@@ -107,6 +112,7 @@ func modes() map[string]wrap {
 // featureCommands are the flags of the features.
 func featureCommands() []cli.Command {
 	return []cli.Command{
+		{Flags: "-check", Usage: "try everything once, print one line per check, exit with 0 or 1", Run: checkAll}, // feature: check
 		// begin: outbox
 		{Flags: "-outbox-schema", Usage: "print the SQL that makes OUTBOX_TABLE, for psql or a migration", Run: func(_ context.Context, e cli.Env) int {
 			if err := outbox.PrintSchema(e.Lookup, e.Stdout); err != nil {
@@ -135,3 +141,53 @@ func watch(l *Listener, cfg *Config, lookup config.Lookuper, log *slog.Logger) (
 	// end: health
 	return ends, err
 }
+
+// begin: check
+
+// checkAll is the flag -check.
+func checkAll(ctx context.Context, e cli.Env) int {
+	cfg, channels, _, problems := load(e)
+	in := check.Input{Problems: problems, DSN: cfg.dsn(), Timeout: cfg.Listener.PingTimeout, Probes: cfg.Listener.ProbeInterval > 0, Handlers: map[string]notify.Handler{}}
+	silent := make([]Channel, len(channels)) // no handler runs
+	for i, c := range channels {
+		in.Handlers[c.Name], in.Channels = c.Handler, append(in.Channels, c.Name)
+		silent[i] = Channel{Name: c.Name, Queue: c.Queue, Handler: notify.HandlerFunc(func(context.Context, notify.Notification) error { return nil })}
+	}
+	for _, r := range cfg.routes {
+		in.Lines = append(in.Lines, "handler: "+r.Channel+": "+r.Mode+" "+r.Spec())
+		if w := r.Warning(); w != "" {
+			in.Lines = append(in.Lines, "warning: "+w)
+		}
+	}
+	in.Listen = func(ctx context.Context) (time.Duration, bool, error) {
+		l := NewListener(cfg.dsn(), cfg.Listener, silent, slog.New(slog.DiscardHandler))
+		s, err := l.try(ctx)
+		return s.Probe.RoundTrip, s.Listening || s.Probe.Deaf != "", err
+	}
+	if !check.Run(ctx, in, e.Stdout) {
+		return cli.Failed
+	}
+	return cli.OK
+}
+
+// try runs l until it is ready, or knows that it is deaf, or ctx ends. It returns where it got to.
+func (l *Listener) try(ctx context.Context) (Status, error) {
+	listening, stop := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_, _ = l.Run(listening)
+	}()
+	for l.Ready() != nil && l.newest().Probe.Deaf == "" && retry.Sleep(ctx, 10*time.Millisecond) {
+	}
+	s, err := l.newest(), l.Ready()
+	stop()
+	select { // it ends by itself; do not keep the caller waiting
+	case <-ended:
+	case <-ctx.Done():
+	case <-time.After(time.Second):
+	}
+	return s, err
+}
+
+// end: check

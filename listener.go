@@ -81,12 +81,12 @@ type Listener struct {
 	lastQueue   *queue.Queue // of the previous notification: most often also of the next
 }
 
-// event is one call of lib/pq's event callback.
+// event is one call of lib/pq's event callback. heard is when the last byte had come: soon the next connection will
+// bring more.
 type event struct {
-	kind  pq.ListenerEventType
-	err   error
-	at    time.Time
-	heard time.Time // when the last byte had come: soon the next connection will bring more
+	kind      pq.ListenerEventType
+	err       error
+	at, heard time.Time
 }
 
 // probeSent is what came of using the second connection.
@@ -95,8 +95,8 @@ type probeSent struct {
 	usage float64 // pg_notification_queue_usage(), 0 to 1
 }
 
-// pqPace is the pause that lib/pq makes between attempts. It sleeps through it even when closed, and has no
-// jitter (facts 5 and 11), so the pauses that matter are made by the dialer.
+// pqPace is the pause that lib/pq makes between attempts. It sleeps through it even when closed, and has no jitter
+// (facts 5 and 11), so the pauses that matter are made by the dialer.
 const pqPace = time.Millisecond
 
 // NewListener makes a Listener. Call Run once to start it.
@@ -130,10 +130,10 @@ func NewListener(dsn string, s Settings, channels []Channel, log *slog.Logger) *
 	return l
 }
 
-// Run listens until ctx ends, then stops as shutdown.go says, and returns how many notifications were received
-// but not handled to the end. It returns within SHUTDOWN_TIMEOUT of the end of ctx, in any state of the
-// network. It returns an error, without waiting for ctx, when it cannot begin to listen and waiting is of no
-// use, or START_TIMEOUT has passed.
+// Run listens until ctx ends, then stops as shutdown.go says, and returns how many notifications were received but
+// not handled to the end. It returns within SHUTDOWN_TIMEOUT of the end of ctx, in any state of the network. It
+// returns an error, without waiting for ctx, when it cannot begin to listen and waiting is of no use, or
+// START_TIMEOUT has passed.
 func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 	defer l.awaitBackground()
 	defer close(l.done)
@@ -219,8 +219,8 @@ func (l *Listener) dispatchAll(n *pq.Notification) {
 	}
 }
 
-// dispatch puts one notification into the queue of its channel. nil signals a reconnect, which observe has
-// already handled.
+// dispatch puts one notification into the queue of its channel. nil signals a reconnect, which observe has already
+// handled.
 func (l *Listener) dispatch(n *pq.Notification) {
 	if n == nil {
 		return
@@ -266,11 +266,10 @@ func (l *Listener) catchUp() {
 	}
 }
 
-// onEvent is lib/pq's callback. It runs on the goroutine that dispatches and reconnects, so it must neither
-// call the pq.Listener nor wait for long (fact 10); the loop never blocks, and after it has ended nobody waits
-// for events.
+// onEvent is lib/pq's callback. It runs on the goroutine that dispatches and reconnects, so it must neither call the
+// pq.Listener nor wait for long (fact 10); the loop never blocks, and after it has ended nobody waits for events.
 func (l *Listener) onEvent(kind pq.ListenerEventType, err error) {
-	e := event{kind, err, time.Now(), l.dialer.LastHeard()}
+	e := event{kind: kind, err: err, at: time.Now(), heard: l.dialer.LastHeard()}
 	switch kind { // here, because lib/pq dials again as soon as this returns
 	case pq.ListenerEventConnected, pq.ListenerEventReconnected:
 		l.dialer.Subscribed()
@@ -285,8 +284,8 @@ func (l *Listener) onEvent(kind pq.ListenerEventType, err error) {
 	}
 }
 
-// observe follows the connection. Events are believed, and not what Listen returns: that can be nil when
-// nothing is connected (fact 8).
+// observe follows the connection. Events are believed, and not what Listen returns: that can be nil when nothing is
+// connected (fact 8).
 func (l *Listener) observe(e event) {
 	switch e.kind {
 	case pq.ListenerEventConnected, pq.ListenerEventReconnected:
@@ -347,8 +346,8 @@ func (l *Listener) subscribed(at time.Time) {
 	l.OnBeat(true, l.status.Stopping, l.Ready())
 }
 
-// pingIfIdle pings when nothing has come for PING_INTERVAL, and returns when to look again. The pong has no
-// timer of its own: the connection's read deadline is that (fact 12).
+// pingIfIdle pings when nothing has come for PING_INTERVAL, and returns when to look again. The pong has no timer of
+// its own: the connection's read deadline is that (fact 12).
 func (l *Listener) pingIfIdle() time.Duration {
 	quiet := time.Since(l.dialer.LastHeard())
 	if quiet < l.settings.PingInterval {
@@ -363,24 +362,16 @@ func (l *Listener) pingIfIdle() time.Duration {
 	return l.settings.PingInterval
 }
 
-// onPong ends a ping. lib/pq notices a broken connection by itself, but not one whose server answers with an
-// error.
+// onPong ends a ping. lib/pq notices a broken connection by itself, but not one whose server answers with an error.
 func (l *Listener) onPong(err error) {
 	c := l.pinging
 	l.pinging = nil
-	if err == nil {
-		l.caughtUpReading()
+	if err == nil && l.held == nil {
+		l.unread = time.Time{} // the server has just answered: nothing lies unread
 	}
 	if err != nil && l.account.Connected && c == l.dialer.Current() {
 		l.log.Warn("ping failed", "error", err)
 		c.Break()
-	}
-}
-
-// caughtUpReading is called when the server has just been heard to answer: nothing lies unread.
-func (l *Listener) caughtUpReading() {
-	if l.held == nil {
-		l.unread = time.Time{}
 	}
 }
 
@@ -392,11 +383,11 @@ func (l *Listener) proceed(step probe.Step) {
 		l.background.Go(func() {
 			var r probeSent
 			r.err = pgconn.Once(l.dsn, l.settings.PingTimeout, func(ctx context.Context, db *sql.DB) error {
-				if err := db.QueryRowContext(ctx, query).Scan(new(any), &r.usage); err != nil {
-					return err
+				err := db.QueryRowContext(ctx, query).Scan(new(any), &r.usage)
+				if err == nil {
+					l.verify(ctx, db)
 				}
-				l.verify(ctx, db)
-				return nil
+				return err
 			})
 			l.sent <- r
 		})
@@ -448,7 +439,9 @@ func (l *Listener) onProbeHeard(payload string) {
 	if !ok {
 		return
 	}
-	l.caughtUpReading()
+	if l.held == nil {
+		l.unread = time.Time{}
+	}
 	if proof.First {
 		l.log.Info("delivery proven", "round_trip", l.probe.Status().RoundTrip.Round(time.Microsecond))
 	}

@@ -1,6 +1,6 @@
-// Pglistener listens on PostgreSQL channels and hands each payload to the handler registered for its channel.
-// It is configured by environment variables; -h prints them. Exit codes: 0 after a requested stop with nothing
-// left undone, 1 when it failed or had to abandon notifications, 2 for a configuration that cannot work.
+// Pglistener listens on PostgreSQL channels and hands each payload to the handler registered for its channel. It is
+// configured by environment variables; -h prints them. Exit codes: 0 after a requested stop with nothing left undone,
+// 1 when it failed or had to abandon notifications, 2 for a configuration that cannot work.
 package main
 
 import (
@@ -44,7 +44,6 @@ func run(ctx context.Context, args []string, e cli.Env) int {
 func commands() []cli.Command {
 	return append([]cli.Command{
 		{Flags: "", Run: listen},
-		{Flags: "-check", Usage: "try everything once, print one line per check, exit with 0 or 1", Run: check},
 		{Flags: "-V, --version", Usage: "print the version", Run: printVersion},
 		{Flags: "-h, -?, --help", Usage: "print this", Run: printUsage},
 	}, featureCommands()...)

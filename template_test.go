@@ -22,6 +22,7 @@ import (
 // traces are what a copy must not have when a feature is left out.
 var traces = map[string]string{
 	"outbox":   `(?i)outbox`,
+	"check":    `-check\b`,
 	"execcmd":  `exec:|execcmd`,
 	"webhook":  `(?i)webhook|https?://\.\.\.`,
 	"health":   `(?i)\bhealth|readyz|livez|metrics|HTTP_ADDR`,

@@ -13,8 +13,8 @@ import (
 	"github.com/pglistener/pglistener/internal/proc"
 )
 
-// handler runs a program for each notification. There is no shell, and the payload goes to stdin only, so no
-// payload can become a command.
+// handler runs a program for each notification. There is no shell, and the payload goes to stdin only, so no payload
+// can become a command.
 type handler struct {
 	path    string
 	args    []string
@@ -27,6 +27,11 @@ func New(command string, programs proc.Settings, s notify.Setup) (notify.Handler
 	words := strings.Fields(command)
 	if len(words) == 0 {
 		return nil, errors.New("exec needs a program: exec:PROGRAM [ARG...]")
+	}
+	for _, w := range words {
+		if strings.ContainsRune("|<>&;", rune(w[0])) || strings.HasPrefix(w, "2>") {
+			return nil, fmt.Errorf("there is no shell, so %q would be an argument like any other; put the command into a script", w)
+		}
 	}
 	path, err := proc.Find(words[0])
 	if err != nil {
@@ -42,10 +47,10 @@ const (
 	tempFail    = 75 // EX_TEMPFAIL: likewise
 )
 
-// Handle runs the program and returns an error unless it exits with 0. 65 is permanent, 69 and 75 say that what
-// it depends on is unavailable. When ctx ends, the whole process group is asked to end with SIGTERM and killed
-// after a grace period; then, and only then, Handle returns. What the program leaves running in its group is
-// killed too, so that two runs never overlap.
+// Handle runs the program and returns an error unless it exits with 0. 65 is permanent, 69 and 75 say that what it
+// depends on is unavailable. When ctx ends, the whole process group is asked to end with SIGTERM and killed after a
+// grace period; then, and only then, Handle returns. What the program leaves running in its group is killed too, so
+// that two runs never overlap.
 func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 	cmd := proc.Command(ctx, h.setup.Grace, h.path, h.args...)
 	cmd.Env = append(h.environ[:len(h.environ):len(h.environ)],

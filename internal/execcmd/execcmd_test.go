@@ -189,3 +189,27 @@ func TestExecInheritsNoSecrets(t *testing.T) {
 		t.Errorf("with ENV_PASS it inherits %s, want %s", got, want)
 	}
 }
+
+// What a shell would do, and nobody does here, is an error and not an odd argument.
+func TestExecIsNoShell(t *testing.T) {
+	t.Parallel()
+	for _, command := range []string{"cat | wc -l", "cat > /tmp/x", "cat 2>/dev/null", "true && false", "sleep 1 ;", "cat < file", "cat &"} {
+		if _, err := New(command, proc.Settings{}, notify.Setup{}); err == nil || !strings.Contains(err.Error(), "no shell") {
+			t.Errorf("%s: %v", command, err)
+		}
+	}
+	if _, err := New("cat a>b -x=1&2", proc.Settings{}, notify.Setup{}); err != nil { // words of their own are fine
+		t.Errorf("%v", err)
+	}
+}
+
+func TestExecOfAScriptFromWindows(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "script")
+	if err := os.WriteFile(path, []byte("#!/bin/sh\r\necho hello\r\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(path, proc.Settings{}, notify.Setup{}); err == nil || !strings.Contains(err.Error(), "CR LF") || !strings.Contains(err.Error(), "sed -i") {
+		t.Errorf("%v", err)
+	}
+}

@@ -18,6 +18,14 @@ type Settings struct {
 	Addr string `env:"HTTP_ADDR" usage:"address for /livez, /readyz and /metrics, such as :8080; if empty, nothing listens"`
 }
 
+// Validate returns why the address cannot be served.
+func (s Settings) Validate() error {
+	if _, port, err := net.SplitHostPort(s.Addr); s.Addr != "" && (err != nil || port == "") {
+		return fmt.Errorf("HTTP_ADDR: %q is not an address to serve; write :8080 or 127.0.0.1:8080", s.Addr)
+	}
+	return nil
+}
+
 // Source is what is asked. Its methods may be called from any goroutine and do not block.
 type Source interface {
 	Alive() error // why the loop does not turn, or nil
@@ -94,9 +102,8 @@ func (s *Server) Close() {
 	<-s.served
 }
 
-// Ask asks the listener that serves HTTP_ADDR for a path, for a container's health check, where there is no
-// curl. It prints the answer, and returns the exit code: 0 when it was 200, else 1. It blocks for three seconds
-// at most.
+// Ask asks the listener that serves HTTP_ADDR for a path, for a container's health check, where there is no curl. It
+// prints the answer, and returns the exit code: 0 when it was 200, else 1. It blocks for three seconds at most.
 func Ask(lookup func(string) (string, bool), path string, stdout io.Writer) (code int) {
 	addr, _ := lookup("HTTP_ADDR")
 	host, port, err := net.SplitHostPort(addr)

@@ -41,8 +41,8 @@ func process() []notify.Stat {
 	return stats
 }
 
-// procField is a number in a file of /proc, counted from 0; in stat, whose second field is the program's name
-// in parentheses, after that.
+// procField is a number in a file of /proc, counted from 0; in stat, whose second field is the program's name in
+// parentheses, after that.
 func procField(path string, n int) (value float64, ok bool) {
 	data, err := os.ReadFile(path)
 	if err != nil {

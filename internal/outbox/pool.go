@@ -11,8 +11,8 @@ import (
 	"github.com/pglistener/pglistener/internal/pgconn"
 )
 
-// Pool is the two connections that all outbox channels of a process share: one to claim, one to complete. It
-// connects when it is first used, and closes them when the last channel has ended. The zero Pool is ready.
+// Pool is the two connections that all outbox channels of a process share: one to claim, one to complete. It connects
+// when it is first used, and closes them when the last channel has ended. The zero Pool is ready.
 type Pool struct {
 	mu       sync.Mutex
 	db       *sql.DB

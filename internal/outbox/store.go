@@ -3,18 +3,19 @@ package outbox
 import (
 	"cmp"
 	"database/sql"
+	"maps"
 	"slices"
 	"time"
 
 	"github.com/lib/pq"
 )
 
-// store is the SQL of the outbox. All times are the server's. There is no context: each statement is short,
-// and the connection bounds it by PING_TIMEOUT; one that were cancelled while the server commits it would
-// leave rows claimed by nobody.
+// store is the SQL of the outbox. All times are the server's. There is no context: each statement is short, and the
+// connection bounds it by PING_TIMEOUT; one that were cancelled while the server commits it would leave rows claimed
+// by nobody.
 //
-// A row is ours while its lease and its attempts are what they were when it was claimed: every claim changes
-// one of them, and an upsert neither. Whether an upsert has changed it since is seen by its xmin.
+// A row is ours while its lease and its attempts are what they were when it was claimed: every claim changes one of
+// them, and an upsert neither. Whether an upsert has changed it since is seen by its xmin.
 type store struct {
 	db      *sql.DB
 	table   table
@@ -23,8 +24,8 @@ type store struct {
 	lease   time.Duration // how long a claim lasts
 }
 
-// claim takes up to n due rows: one statement, which adds one to attempts and sets the lease. No transaction
-// stays open.
+// claim takes up to n due rows: one statement, which adds one to attempts and sets the lease. No transaction stays
+// open.
 func (s store) claim(n int) ([]job, error) {
 	began := time.Now()
 	rows, err := s.db.Query(s.table.sql(`
@@ -57,8 +58,7 @@ func (s store) claim(n int) ([]job, error) {
 	return jobs, rows.Err()
 }
 
-// nextDue is how long it is until the next row is due or its lease ends, which may be past; an hour if there
-// is none.
+// nextDue is how long it is until the next row is due or its lease ends, which may be past; an hour if there is none.
 func (s store) nextDue() (time.Duration, error) {
 	var seconds sql.NullFloat64
 	err := s.db.QueryRow(s.table.sql(`
@@ -96,9 +96,9 @@ const (
 	lost    fate = "lost"    // it is no longer ours
 )
 
-// end writes what became of rows: done, tried again, failed, or moved to their next time. A row that was
-// changed while its handler ran is released instead. One that an open transaction has locked is left alone, so
-// that it holds up none of the others. fates are by id.
+// end writes what became of rows: done, tried again, failed, or moved to their next time. A row that was changed
+// while its handler ran is released instead. One that an open transaction has locked is left alone, so that it holds
+// up none of the others. fates are by id.
 func (s store) end(rows []ending) (fates map[int64]fate, err error) {
 	var ids, attempts pq.Int64Array
 	var waits, nexts pq.Float64Array
@@ -159,21 +159,26 @@ func (s store) end(rows []ending) (fates map[int64]fate, err error) {
 	if err != nil {
 		return nil, err
 	}
-	defer found.Close()
-	fates = map[int64]fate{}
-	for found.Next() {
-		var id int64
-		var f fate
-		if err := found.Scan(&id, &f); err != nil {
-			return nil, err
-		}
-		fates[id] = f
-	}
-	return fates, found.Err()
+	return byKey[int64, fate](found)
 }
 
-// giveBack undoes the claim of rows, and rings for whoever else listens. A row that was a try goes behind all
-// that are due, so that the next try is another.
+// byKey reads rows of a key and a value.
+func byKey[K comparable, V any](rows *sql.Rows) (map[K]V, error) {
+	defer rows.Close()
+	all := map[K]V{}
+	for rows.Next() {
+		var key K
+		var value V
+		if err := rows.Scan(&key, &value); err != nil {
+			return nil, err
+		}
+		all[key] = value
+	}
+	return all, rows.Err()
+}
+
+// giveBack undoes the claim of rows, and rings for whoever else listens. A row that was a try goes behind all that
+// are due, so that the next try is another.
 func (s store) giveBack(jobs []job) error {
 	var ids, attempts pq.Int64Array
 	var tries pq.BoolArray
@@ -205,8 +210,8 @@ func (s store) now() (time.Time, error) {
 	return fromEpoch(seconds), err
 }
 
-// keepSchedule makes sure that the channel has one row of this key with a schedule, or that it has none when
-// the schedule is "".
+// keepSchedule makes sure that the channel has one row of this key with a schedule, or that it has none when the
+// schedule is "".
 func (s store) keepSchedule(key, schedule string) error {
 	if schedule == "" {
 		_, err := s.exec(`delete from {table} where channel = $1 and key = $2 and failed_at is null`, s.channel, key)
@@ -250,9 +255,8 @@ func (s store) alive(ids []int64) ([]int64, error) {
 	return alive, err
 }
 
-// strangers returns channels whose rows have been due for minutes although none of handled, which are those of
-// this listener, is their channel; with how many rows each has, up to a thousand. It reads one index entry a
-// channel.
+// strangers returns channels whose rows have been due for minutes although none of handled, which are those of this
+// listener, is their channel; with how many rows each has, up to a thousand. It reads one index entry a channel.
 func (s store) strangers(handled []string) (map[string]int, error) {
 	rows, err := s.db.Query(s.table.sql(`
 		with recursive c (channel) as (
@@ -266,19 +270,9 @@ func (s store) strangers(handled []string) (map[string]int, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer rows.Close()
-	found := map[string]int{}
-	for rows.Next() {
-		var channel string
-		var n int
-		if err := rows.Scan(&channel, &n); err != nil {
-			return nil, err
-		}
-		if n > 0 {
-			found[channel] = n
-		}
-	}
-	return found, rows.Err()
+	found, err := byKey[string, int](rows)
+	maps.DeleteFunc(found, func(_ string, n int) bool { return n == 0 })
+	return found, err
 }
 
 // verify is a statement that fails when the table cannot be used.

@@ -10,17 +10,17 @@ import (
 	"github.com/lib/pq"
 )
 
-// ErrBadDSN says how to write a connection string, and not what is wrong with this one: any piece of it may be
-// the password.
+// ErrBadDSN says how to write a connection string, and not what is wrong with this one: any piece of it may be the
+// password.
 var ErrBadDSN = errors.New("not a valid connection string (not shown: it may hold a password); " +
 	"write postgres://user:password@host:port/database?sslmode=..., with any of % @ : / ? # and blanks in the password percent-encoded")
 
-// MaxIdentifier is NAMEDATALEN-1, the longest name that PostgreSQL keeps, in bytes: LISTEN cuts a longer
-// channel in silence and pg_notify rejects it, so such a channel would never hear anything (DESIGN fact 16).
+// MaxIdentifier is NAMEDATALEN-1, the longest name that PostgreSQL keeps, in bytes: LISTEN cuts a longer channel in
+// silence and pg_notify rejects it, so such a channel would never hear anything (DESIGN fact 16).
 const MaxIdentifier = 63
 
-// sqlDialer opens the connections of database/sql. As these are read only while an answer is due, the timeout
-// bounds every read.
+// sqlDialer opens the connections of database/sql. As these are read only while an answer is due, the timeout bounds
+// every read.
 type sqlDialer struct{ timeout time.Duration }
 
 // Dial implements pq.Dialer.
@@ -42,8 +42,8 @@ func (d sqlDialer) DialContext(ctx context.Context, network, address string) (ne
 	return &Conn{Conn: nc, timeout: d.timeout, silence: d.timeout, heard: func() {}}, nil
 }
 
-// OpenDB returns a pool for short statements, whose every wait is bounded by timeout. It connects when it is
-// first used.
+// OpenDB returns a pool for short statements, whose every wait is bounded by timeout. It connects when it is first
+// used.
 func OpenDB(dsn string, timeout time.Duration) (*sql.DB, error) {
 	cfg, err := pq.NewConfig(dsn)
 	if err != nil {
@@ -59,8 +59,8 @@ func OpenDB(dsn string, timeout time.Duration) (*sql.DB, error) {
 	return sql.OpenDB(c), nil
 }
 
-// Once makes a connection, lets use work with it, and closes it. It blocks for timeout at most, if use obeys
-// its context.
+// Once makes a connection, lets use work with it, and closes it. It blocks for timeout at most, if use obeys its
+// context.
 func Once(dsn string, timeout time.Duration, use func(context.Context, *sql.DB) error) error {
 	db, err := OpenDB(dsn, timeout)
 	if err != nil {

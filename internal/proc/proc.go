@@ -19,8 +19,7 @@ type Settings struct {
 	Pass string `env:"ENV_PASS" usage:"variables that programs inherit, comma-separated, besides PATH; if empty, all but the listener's own secrets"`
 }
 
-// Environ is what a program inherits of the environment: never what is only the listener's, which may hold
-// secrets.
+// Environ is what a program inherits of the environment: never what is only the listener's, which may hold secrets.
 func (s Settings) Environ() (all []string) {
 	pass := strings.Split(s.Pass, ",")
 	for _, v := range os.Environ() {
@@ -35,8 +34,8 @@ func (s Settings) Environ() (all []string) {
 	return all
 }
 
-// Find returns the path of a program, which is looked for in PATH unless it has a slash. The error says what is
-// wrong with it.
+// Find returns the path of a program, which is looked for in PATH unless it has a slash. The error says what is wrong
+// with it.
 func Find(program string) (path string, err error) {
 	path, err = exec.LookPath(program)
 	switch {
@@ -52,8 +51,8 @@ func Find(program string) (path string, err error) {
 	return path, checkShebang(path)
 }
 
-// checkShebang finds a script that was written on another system: the kernel takes the carriage return for a
-// part of the interpreter's name, and says only that there is no such file.
+// checkShebang finds a script that was written on another system: the kernel takes the carriage return for a part of
+// the interpreter's name, and says only that there is no such file.
 func checkShebang(path string) error {
 	f, err := os.Open(path)
 	if err != nil {
@@ -77,8 +76,7 @@ func Command(ctx context.Context, grace time.Duration, path string, args ...stri
 	return cmd
 }
 
-// KillGroup kills what a program has left running in its group. A program that was never started has left
-// nothing.
+// KillGroup kills what a program has left running in its group. A program that was never started has left nothing.
 func KillGroup(cmd *exec.Cmd) {
 	if cmd.Process != nil {
 		killGroup(cmd.Process)

@@ -1,5 +1,5 @@
-// Package queue is what stands between the listener and the handler of one channel: it keeps the order, limits
-// how many handlers run at once and for how long, repeats what failed and survives what panicked.
+// Package queue is what stands between the listener and the handler of one channel: it keeps the order, limits how
+// many handlers run at once and for how long, repeats what failed and survives what panicked.
 package queue
 
 import (
@@ -39,8 +39,8 @@ type Options struct {
 
 // Queue owns the notifications of one channel that wait, and the goroutines that handle them.
 //
-// Its methods never block for long, so that the select loop can call them from its goroutine; Stats may be
-// called from any. Handlers run on the queue's own goroutines, which exist only while there is work.
+// Its methods never block for long, so that the select loop can call them from its goroutine; Stats may be called
+// from any. Handlers run on the queue's own goroutines, which exist only while there is work.
 type Queue struct {
 	channel string
 	handle  call.Func
@@ -129,8 +129,8 @@ func (q *Queue) Start() {
 // Channel is the channel whose queue this is.
 func (q *Queue) Channel() string { return q.channel }
 
-// Offer takes n, or returns false: the queue is full, try again when Room says so. With OVERFLOW=drop, and once
-// quit has ended, it takes everything.
+// Offer takes n, or returns false: the queue is full, try again when Room says so. With OVERFLOW=drop, and once quit
+// has ended, it takes everything.
 func (q *Queue) Offer(n notify.Notification) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -194,8 +194,8 @@ func (q *Queue) Drained() <-chan struct{} {
 	return q.done
 }
 
-// AbandonRest logs what still waits and returns how much was never handled to its end. Call it last, after quit
-// has ended.
+// AbandonRest logs what still waits and returns how much was never handled to its end. Call it last, after quit has
+// ended.
 func (q *Queue) AbandonRest() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -250,8 +250,8 @@ func (q *Queue) run() {
 	}
 }
 
-// do calls f with n until it succeeds or nothing more can be done. q.mu is held on entry and on return, and not
-// while f runs.
+// do calls f with n until it succeeds or nothing more can be done. q.mu is held on entry and on return, and not while
+// f runs.
 func (q *Queue) do(c *call.Caller, f call.Func, n notify.Notification) {
 	for n.Attempt = 1; ; n.Attempt++ {
 		q.mu.Unlock()

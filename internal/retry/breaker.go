@@ -2,9 +2,9 @@ package retry
 
 import "time"
 
-// Breaker finds out that a receiver is away, and when to try whether it is back. It opens when several
-// different items in a row have failed because of the receiver and none has succeeded between. Its owner locks;
-// the zero value is ready.
+// Breaker finds out that a receiver is away, and when to try whether it is back. It opens when several different
+// items in a row have failed because of the receiver and none has succeeded between. Its owner locks; the zero value
+// is ready.
 type Breaker struct {
 	failed []string  // the different items that have failed in a row, while it is closed
 	since  time.Time // when it opened; zero while it is closed
@@ -41,8 +41,7 @@ func (b *Breaker) Fail(item string, cause error, now time.Time) (opened, wasOpen
 	return true, false
 }
 
-// Succeed closes the Breaker: the receiver has answered. It returns for how long it was open; 0 when it was
-// not.
+// Succeed closes the Breaker: the receiver has answered. It returns for how long it was open; 0 when it was not.
 func (b *Breaker) Succeed(now time.Time) (paused time.Duration) {
 	if b.Open() {
 		paused = max(now.Sub(b.since), 1)
@@ -60,8 +59,8 @@ func (b *Breaker) Since() (time.Time, error) { return b.since, b.cause }
 // Tries is how many tries have failed since it opened.
 func (b *Breaker) Tries() int { return b.tries }
 
-// Try says whether to try now, while it is open; if not, when. A try that is begun is followed by the next one
-// after slow at the latest, answered or not: an item that is never answered must not be taken for the receiver.
+// Try says whether to try now, while it is open; if not, when. A try that is begun is followed by the next one after
+// slow at the latest, answered or not: an item that is never answered must not be taken for the receiver.
 func (b *Breaker) Try(now time.Time, slow time.Duration) (wait time.Duration) {
 	if wait = b.next.Sub(now); wait > 0 {
 		return wait

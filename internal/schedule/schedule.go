@@ -206,18 +206,19 @@ func (f field) value(text string) (int, error) {
 	return int(n), nil
 }
 
-// String returns the canonical text: fields for all but @every, and CRON_TZ if the text named a zone. Parse accepts it.
+// String returns the canonical text: fields for all but @every, and CRON_TZ if the text named a zone. Parse accepts
+// it.
 func (s Schedule) String() string { return s.text }
 
-// Next returns the first time of the schedule after now, in its zone; the zero Time if there is none, as for
-// 30 February. It takes microseconds, and less than one millisecond in the worst case.
+// Next returns the first time of the schedule after now, in its zone; the zero Time if there is none, as for 30
+// February. It takes microseconds, and less than one millisecond in the worst case.
 //
 // @every counts from nominal, the nominal time of the run before: nominal + k times the duration, for any integer k.
 // If nominal is zero it counts from now. Fields do not look at nominal.
 //
-// Fields are about the zone's wall clock. If all hours are allowed, every minute that this clock shows counts, even if
-// it shows it twice, and minutes that it skips are missed. Otherwise each wall-clock time runs once: when the clock
-// first shows it, or in the first full minute after the gap if the clock skips it.
+// Fields are about the zone's wall clock. If all hours are allowed, every minute that this clock shows counts, even
+// if it shows it twice, and minutes that it skips are missed. Otherwise each wall-clock time runs once: when the
+// clock first shows it, or in the first full minute after the gap if the clock skips it.
 func (s Schedule) Next(nominal, now time.Time) time.Time {
 	if s.zone == nil || now.Unix() > farthest || now.Unix() < -farthest {
 		return time.Time{}
@@ -276,8 +277,8 @@ func (s Schedule) stretch(at, limit int64) (offset, end int64) {
 	return int64(seconds), min(end, limit)
 }
 
-// match returns the first full minute in [from, end) that the fields allow. All three are wall-clock times, as the Unix
-// times at which UTC shows them.
+// match returns the first full minute in [from, end) that the fields allow. All three are wall-clock times, as the
+// Unix times at which UTC shows them.
 func (s Schedule) match(from, end int64) (int64, bool) {
 	for midnight := roundUp(from+1, day) - day; midnight < end; midnight += day {
 		t := time.Unix(midnight, 0).UTC()

@@ -9,7 +9,7 @@ import (
 
 // Settings are the variables of schedules.
 type Settings struct {
-	Text string `env:"SCHEDULE" usage:"when an outbox or doorbell channel runs by itself: five crontab fields, @hourly to @yearly or @every 90s, after CRON_TZ=ZONE if need be"`
+	Text string `env:"SCHEDULE" usage:"when a channel runs by itself: five crontab fields, @hourly to @yearly or @every 90s, after CRON_TZ=ZONE if need be"`
 }
 
 // Validate returns why the schedule cannot be read.
@@ -29,8 +29,8 @@ func (s Settings) Times() func(nominal, now time.Time) time.Time {
 	return parsed.Next
 }
 
-// Next returns the next time after now of a schedule in the default zone; nominal is that of the run before. The
-// zero time means never.
+// Next returns the next time after now of a schedule in the default zone; nominal is that of the run before. The zero
+// time means never.
 func Next(text string, nominal, now time.Time) (time.Time, error) {
 	s, err := Parse(text, zone())
 	return s.Next(nominal, now), err

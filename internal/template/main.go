@@ -2,8 +2,8 @@
 //
 // Usage: template MODULE DIR [FEATURE...]
 //
-// It copies the files that git knows into DIR, which must not exist or be empty, under the name MODULE and
-// without the features, which are the names of their folders in internal. What belongs to a feature is removed:
+// It copies the files that git knows into DIR, which must not exist or be empty, under the name MODULE and without
+// the features, which are the names of their folders in internal. What belongs to a feature is removed:
 //
 //   - its folder, and what needs has for it
 //   - a file whose first line is "// feature: NAME" or "<!-- file: NAME -->"
@@ -31,6 +31,7 @@ const module = "github.com/pglistener/pglistener"
 
 // features are what can be left out, with what else is of no use without each.
 var features = map[string][]string{
+	"check":    {},
 	"outbox":   {"bench", "internal/benchside"},
 	"execcmd":  {"internal/demo"},
 	"webhook":  {},

@@ -1,0 +1,116 @@
+// Package check is the flag -check: it tries everything once.
+package check
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgconn"
+)
+
+// Input is what is to be tried.
+type Input struct {
+	Problems []error  // of the configuration; nothing else is tried then
+	Lines    []string // what is in force, as "subject: text"
+	DSN      string
+	Timeout  time.Duration             // of every answer
+	Handlers map[string]notify.Handler // by channel
+	Channels []string
+	Probes   bool // whether there are any
+
+	// Listen listens until it is ready, or knows that it is deaf, or ctx ends. It says how long a probe took, whether
+	// every channel was LISTENed, and why it is not ready.
+	Listen func(ctx context.Context) (roundTrip time.Duration, listened bool, err error)
+}
+
+// Run tries everything once, prints a line for each check and returns whether all is well. No handler runs. It ends
+// within three times the timeout, whatever the network does.
+func Run(ctx context.Context, in Input, out io.Writer) (ok bool) {
+	r := &report{out: out}
+	for _, p := range in.Problems {
+		r.line(p, "config", "")
+	}
+	if len(in.Problems) > 0 {
+		return false
+	}
+	// Whatever the answers take, the lines are out in time.
+	ctx, cancel := context.WithTimeout(ctx, 3*in.Timeout-in.Timeout/10)
+	defer cancel()
+	for _, l := range in.Lines {
+		what, text, _ := strings.Cut(l, ": ")
+		r.line(nil, what, text)
+	}
+	if r.server(ctx, in) {
+		r.handlers(ctx, in)
+		r.delivery(ctx, in)
+	}
+	return !r.failed
+}
+
+// report prints what was found.
+type report struct {
+	out    io.Writer
+	failed bool
+}
+
+// line prints err, or else text.
+func (r *report) line(err error, what, text string) {
+	verdict := "ok  "
+	if err != nil {
+		verdict, text, r.failed = "FAIL", pgconn.Explain(err), true
+	}
+	fmt.Fprintf(r.out, "%s  %-10s %s\n", verdict, what, text)
+}
+
+// server asks the server what it is, and returns whether it can be listened to.
+func (r *report) server(ctx context.Context, in Input) bool {
+	var version string
+	var standby bool
+	db, err := pgconn.OpenDB(in.DSN, in.Timeout)
+	if err == nil {
+		defer db.Close()
+		err = db.QueryRowContext(ctx, "select current_setting('server_version'), pg_is_in_recovery()").Scan(&version, &standby)
+	}
+	r.line(err, "connect", "PostgreSQL "+version)
+	if err != nil {
+		return false
+	}
+	if standby {
+		err = errors.New("a standby, where LISTEN is not possible; add target_session_attrs=read-write and all hosts to DATABASE_URL, or wait until it is promoted")
+	}
+	r.line(err, "server", "a primary")
+	return err == nil
+}
+
+// handlers asks each handler whether what it needs is there.
+func (r *report) handlers(ctx context.Context, in Input) {
+	for _, channel := range in.Channels {
+		if h, ok := in.Handlers[channel].(notify.Checker); ok {
+			text, err := h.Check(ctx)
+			if err != nil {
+				err = fmt.Errorf("%s: %w", channel, err)
+			}
+			r.line(err, "handler", channel+": "+text)
+		}
+	}
+}
+
+// delivery says whether the channels can be LISTENed, and whether a probe comes back.
+func (r *report) delivery(ctx context.Context, in Input) {
+	roundTrip, listened, err := in.Listen(ctx)
+	switch {
+	case !listened:
+		r.line(err, "listen", "")
+		return
+	case !in.Probes:
+		r.line(nil, "probe", "turned off by PROBE_INTERVAL=0: delivery is not proven")
+	default:
+		r.line(err, "probe", "there and back in "+roundTrip.Round(time.Microsecond).String())
+	}
+	r.line(nil, "listen", strings.Join(in.Channels, ", "))
+}
