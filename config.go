@@ -8,7 +8,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/pglistener/pglistener/internal/config"
+	"github.com/pglistener/pglistener/internal/env"
 	"github.com/pglistener/pglistener/internal/logs"
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/queue"
@@ -26,8 +26,10 @@ type Config struct {
 
 	LogPayloads bool `env:"LOG_PAYLOADS,default=true" usage:"false keeps payloads, and what receivers answer, out of the log and last_error"`
 
-	routes []config.Route
-	lookup config.Lookuper
+	routes     []env.Route
+	lookup     env.Lookuper
+	perChannel map[string]ChannelSettings // by channel, and
+	set        map[string][]string        // the variables that are set for it alone
 }
 
 // Setup is what a handler may need from the program around it.
@@ -42,9 +44,9 @@ type Setup struct {
 
 // loadConfig reads the configuration through lookup. handlers and modes have what CHANNELS may name. It returns every
 // problem at once, one error each, beginning with the name of the variable and free of secrets.
-func loadConfig(lookup config.Lookuper, handlers map[string]newHandler, modes map[string]wrap) (*Config, []error) {
+func loadConfig(lookup env.Lookuper, handlers map[string]newHandler, modes map[string]wrap) (*Config, []error) {
 	c := &Config{lookup: lookup}
-	problems := config.Decode(c, lookup)
+	problems := env.Decode(c, lookup)
 	report := func(name, format string, args ...any) {
 		problems = append(problems, fmt.Errorf(name+": "+format, args...))
 	}
@@ -52,33 +54,85 @@ func loadConfig(lookup config.Lookuper, handlers map[string]newHandler, modes ma
 		return slices.ContainsFunc(problems, func(err error) bool { return strings.HasPrefix(err.Error(), name) })
 	}
 
-	if name, err := config.CheckDSN(c.DatabaseURL, lookup); err != nil && !complained("DATABASE_URL") {
+	if name, err := env.CheckDSN(c.DatabaseURL, lookup); err != nil && !complained("DATABASE_URL") {
 		report(name, "%w", err)
 	}
-	var wrong []error
-	c.routes, wrong = config.ParseChannels(c.Channels, sortedKeys(handlers), sortedKeys(modes))
-	for _, err := range wrong {
-		report("CHANNELS", "%w", err)
+	routes, wrong := env.ParseChannels(c.Channels, lookup, env.Known{Handlers: sortedKeys(handlers), Modes: sortedKeys(modes)})
+	c.routes, problems = routes, append(problems, wrong...)
+	c.perChannel, c.set = map[string]ChannelSettings{}, map[string][]string{}
+	var set []string
+	for _, r := range routes {
+		s := c.Channel
+		names, wrong := env.DecodeFor(&s, lookup, r.Channel)
+		c.perChannel[r.Channel], c.set[r.Channel] = s, names
+		set, problems = append(set, names...), append(problems, wrong...)
+		if r.Variable != "CHANNELS" {
+			set = append(set, r.Variable)
+		}
 	}
+	problems = append(problems, env.Collisions(routes, set)...)
 	if l := c.Listener; l.ReconnectMin > l.ReconnectMax && !complained("RECONNECT_") {
 		report("RECONNECT_MIN", "%v is more than RECONNECT_MAX, which is %v", l.ReconnectMin, l.ReconnectMax)
 	}
 	return c, problems
 }
 
+// warnings are about what is allowed and hardly ever meant.
+func (c *Config) warnings() (all []string) {
+	for _, r := range c.routes {
+		if w := r.Warning(); w != "" {
+			all = append(all, w)
+		}
+	}
+	// The defaults are so on purpose: most handlers are quick, and what stops a service waits for half a minute.
+	stop := c.Listener.ShutdownTimeout
+	for _, r := range c.routes {
+		if s := c.setup(r, slog.Default()); s.Settings.Timeout > stop && (s.IsSet("HANDLER_TIMEOUT") || c.isSet("SHUTDOWN_TIMEOUT")) {
+			all = append(all, fmt.Sprintf("HANDLER_TIMEOUT of channel %q is %v, longer than SHUTDOWN_TIMEOUT, which is %v: a stop cuts handlers short that take longer", r.Channel, s.Settings.Timeout, stop))
+		}
+	}
+	return all
+}
+
+// inForce are the variables that are set for a channel alone, for -check.
+func (c *Config) inForce(channel string) string {
+	if len(c.set[channel]) == 0 {
+		return ""
+	}
+	return ", with " + strings.Join(c.set[channel], ", ")
+}
+
+func (c *Config) isSet(name string) bool {
+	value, _ := c.lookup(name)
+	return value != ""
+}
+
 // dsn is the connection string with the name that pg_stat_activity shows unless the user chose one.
-func (c *Config) dsn() string { return config.WithApplicationName(c.DatabaseURL, "pglistener") }
+func (c *Config) dsn() string { return env.WithApplicationName(c.DatabaseURL, "pglistener") }
 
 // setup is what the handler of a route is given.
-func (c *Config) setup(r config.Route, log *slog.Logger) Setup {
+func (c *Config) setup(r env.Route, log *slog.Logger) Setup {
 	return Setup{
 		Setup:    notify.Setup{Channel: r.Channel, Log: log.With("channel", r.Channel), Grace: c.Listener.grace(), LogPayloads: c.LogPayloads},
-		Settings: c.Channel,
+		Settings: c.perChannel[r.Channel],
 		Spec:     r.Spec(),
-		IsSet:    func(name string) bool { value, _ := c.lookup(name); return value != "" },
+		IsSet:    func(name string) bool { return c.isSet(env.Prefix(r.Channel)+name) || c.isSet(name) },
 		DSN:      c.dsn(),
 		Timeout:  c.Listener.PingTimeout,
 	}
+}
+
+// unknown are warnings about variables that nobody reads, among those of the process.
+func (c *Config) unknown(environ []string) []string {
+	names := func(target any) (all []string) {
+		for _, v := range env.Variables(target) {
+			if all = append(all, v.Name); v.File {
+				all = append(all, v.Name+"_FILE")
+			}
+		}
+		return all
+	}
+	return env.Unknown(environ, names(c), append(names(&ChannelSettings{}), "HANDLER"), c.routes)
 }
 
 // makeChannels makes the handlers of all routes, and what the Listener needs to know of them. It returns an error for
@@ -92,7 +146,7 @@ func makeChannels(cfg *Config, handlers map[string]newHandler, modes map[string]
 			h, err = modes[r.Mode](h, s, &q)
 		}
 		if err != nil {
-			problems = append(problems, fmt.Errorf("CHANNELS: channel %q: %w", r.Channel, err))
+			problems = append(problems, fmt.Errorf("%s: channel %q: %w", r.Variable, r.Channel, err))
 			continue
 		}
 		channels = append(channels, Channel{Name: r.Channel, Handler: h, Queue: q})

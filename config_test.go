@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/pglistener/pglistener/internal/cli"
-	"github.com/pglistener/pglistener/internal/config"
+	"github.com/pglistener/pglistener/internal/env"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
@@ -46,8 +46,8 @@ func TestAllConfigurationProblemsAtOnce(t *testing.T) {
 		"empty is unset": {vars{"DATABASE_URL": "", "CHANNELS": "", "PING_INTERVAL": ""},
 			[]string{"DATABASE_URL: not set", "CHANNELS: not set"}},
 		"channels": {vars{"DATABASE_URL": dsn, "CHANNELS": "a,,a," + long + ",b=nope,c=doorbell:nope,d=,e=doorbell:,f=append:"},
-			[]string{"CHANNELS: entry 2 has no", `CHANNELS: channel "a" is listed twice`, `CHANNELS: channel "` + long, `CHANNELS: channel "b": "nope"`,
-				`CHANNELS: channel "c": "nope"`, `CHANNELS: channel "d" has no handler`, `CHANNELS: channel "e" has no handler`, `CHANNELS: channel "f": append needs`}},
+			[]string{"CHANNELS: entry 2 has no", `CHANNELS: channel "a" is listed twice`, "CHANNELS: the channel of entry 4 has 64 bytes", `CHANNELS: channel "b" has neither a mode`,
+				`CHANNELS: channel "c" has neither a mode`, `CHANNELS: channel "d" has no handler`, `CHANNELS: channel "e" has no handler`, `CHANNELS: channel "f": append needs`}},
 		// begin: execcmd
 		"programs": {vars{"DATABASE_URL": dsn, "CHANNELS": "z=exec:,a=exec:/does/not/exist,b=exec:not-in-path,c=exec:" + notExecutable + ",d=exec:" + dir},
 			[]string{`CHANNELS: channel "z": exec needs`, `CHANNELS: channel "a": program "/does/not/exist" does not exist`, `CHANNELS: channel "b": program "not-in-path" is not in PATH`,
@@ -141,7 +141,7 @@ func TestGoodConnectionStrings(t *testing.T) {
 			t.Errorf("%s: %v", dsn, problems)
 			continue
 		}
-		if _, err := config.CheckDSN(cfg.dsn(), vars{}.lookup); err != nil {
+		if _, err := env.CheckDSN(cfg.dsn(), vars{}.lookup); err != nil {
 			t.Errorf("%s: with the application name: %v", dsn, err)
 		}
 	}
@@ -189,7 +189,7 @@ func TestHelpAndVersion(t *testing.T) {
 	if code := run(t.Context(), []string{"-h"}, cli.Env{Lookup: vars{}.lookup, Stdout: &stdout, Stderr: &stderr}); code != cli.OK {
 		t.Errorf("-h: exit code %d: %s", code, stderr.String())
 	}
-	for _, v := range config.Variables(&Config{}) {
+	for _, v := range env.Variables(&Config{}) {
 		name, value := v.Name, v.Default
 		found := false
 		for line := range strings.Lines(stdout.String()) {

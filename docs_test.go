@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"github.com/pglistener/pglistener/internal/cli"
-	"github.com/pglistener/pglistener/internal/config"
+	"github.com/pglistener/pglistener/internal/env"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
@@ -140,7 +140,7 @@ func TestVariablesAreDocumented(t *testing.T) {
 	documented := regexp.MustCompile("(?m)^\\| `([A-Z_]+)` \\|").FindAllStringSubmatch(settings, -1)
 	exampled := regexp.MustCompile("(?m)^#?([A-Z_]+)=").FindAllStringSubmatch(example, -1)
 	known, files := map[string]bool{}, 0
-	for _, v := range config.Variables(&Config{}) {
+	for _, v := range env.Variables(&Config{}) {
 		known[v.Name] = true
 		row := "| `" + v.Name + "` | " + v.Default + " | " + v.Usage + " |"
 		if v.Default == "" {

@@ -4,12 +4,13 @@ import (
 	"context"
 	"errors" // feature: schedule
 	"log/slog"
+	"os"   // feature: check
 	"time" // feature: check
 
 	"github.com/pglistener/pglistener/internal/call"
 	"github.com/pglistener/pglistener/internal/check" // feature: check
 	"github.com/pglistener/pglistener/internal/cli"
-	"github.com/pglistener/pglistener/internal/config"
+	"github.com/pglistener/pglistener/internal/env"
 	"github.com/pglistener/pglistener/internal/execcmd" // feature: execcmd
 	"github.com/pglistener/pglistener/internal/health"  // feature: health
 	"github.com/pglistener/pglistener/internal/notify"
@@ -44,7 +45,11 @@ type FeatureSettings struct {
 func addHandlers(table map[string]newHandler) map[string]newHandler {
 	// begin: execcmd
 	table["exec"] = func(arg string, s Setup) (notify.Handler, error) {
-		return execcmd.New(arg, s.Settings.Programs, s.Setup)
+		words, err := env.Words(arg)
+		if err != nil {
+			return nil, err
+		}
+		return execcmd.New(words, s.Settings.Programs, s.Setup)
 	}
 	// end: execcmd
 	// begin: webhook
@@ -133,10 +138,10 @@ func featureCommands() []cli.Command {
 }
 
 // watch connects what watches l while it runs. ends are to be called when it has stopped.
-func watch(l *Listener, cfg *Config, lookup config.Lookuper, log *slog.Logger) (ends []func(), err error) {
-	l.Beat, l.OnBeat = sdnotify.Start(l.Beat, lookup, log) // feature: sdnotify
+func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error) {
+	l.Beat, l.OnBeat = sdnotify.Start(l.Beat, lookup, p.log) // feature: sdnotify
 	// begin: health
-	end, err := health.Start(cfg.Features.Health, l, version(), log)
+	end, err := health.Start(p.cfg.Features.Health, l, version(), p.log, p.lines)
 	ends = append(ends, end)
 	// end: health
 	return ends, err
@@ -146,18 +151,19 @@ func watch(l *Listener, cfg *Config, lookup config.Lookuper, log *slog.Logger) (
 
 // checkAll is the flag -check.
 func checkAll(ctx context.Context, e cli.Env) int {
-	cfg, channels, _, problems := load(e)
-	in := check.Input{Problems: problems, DSN: cfg.dsn(), Timeout: cfg.Listener.PingTimeout, Probes: cfg.Listener.ProbeInterval > 0, Handlers: map[string]notify.Handler{}}
+	p := load(e)
+	cfg, channels := p.cfg, p.channels
+	in := check.Input{Problems: p.problems, DSN: cfg.dsn(), Timeout: cfg.Listener.PingTimeout, Probes: cfg.Listener.ProbeInterval > 0, Handlers: map[string]notify.Handler{}}
 	silent := make([]Channel, len(channels)) // no handler runs
 	for i, c := range channels {
 		in.Handlers[c.Name], in.Channels = c.Handler, append(in.Channels, c.Name)
 		silent[i] = Channel{Name: c.Name, Queue: c.Queue, Handler: notify.HandlerFunc(func(context.Context, notify.Notification) error { return nil })}
 	}
 	for _, r := range cfg.routes {
-		in.Lines = append(in.Lines, "handler: "+r.Channel+": "+r.Mode+" "+r.Spec())
-		if w := r.Warning(); w != "" {
-			in.Lines = append(in.Lines, "warning: "+w)
-		}
+		in.Lines = append(in.Lines, "handler: "+r.Channel+": "+r.Shown()+cfg.inForce(r.Channel))
+	}
+	for _, w := range append(cfg.warnings(), cfg.unknown(os.Environ())...) {
+		in.Lines = append(in.Lines, "warning: "+w)
 	}
 	in.Listen = func(ctx context.Context) (time.Duration, bool, error) {
 		l := NewListener(cfg.dsn(), cfg.Listener, silent, slog.New(slog.DiscardHandler))

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 
+	"github.com/pglistener/pglistener/internal/logs"
 	"github.com/pglistener/pglistener/internal/notify"
 )
 
@@ -27,13 +28,16 @@ func handlerTable() map[string]newHandler {
 
 // newLog makes the handler that writes each notification to the log.
 func newLog(_ string, s Setup) (notify.Handler, error) {
-	return notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+	return notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
 		attrs := []any{"backend", n.PID}
 		if s.LogPayloads {
 			// The payload is a value, never the format: it can forge neither lines nor attributes.
 			attrs = []any{"payload", n.Payload, "backend", n.PID}
 		}
-		s.Log.Info("notification", attrs...)
+		// The lines are the work: it waits until they are written, and loses none.
+		if err := logs.Write(ctx, s.Log, "notification", attrs...); err != nil {
+			return notify.Unavailable(err)
+		}
 		return nil
 	}), nil
 }

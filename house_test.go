@@ -58,8 +58,8 @@ func sources(t *testing.T) (all []source) {
 // mayImport are the packages of ours that each may know; the root may know all.
 var mayImport = map[string][]string{
 	"internal/notify":   {},
-	"internal/config":   {"pgconn"},
-	"internal/logs":     {},
+	"internal/env":      {"pgconn"},
+	"internal/logs":     {"notify"},
 	"internal/cli":      {},
 	"internal/check":    {"notify", "pgconn"},
 	"internal/retry":    {},

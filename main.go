@@ -13,9 +13,10 @@ import (
 	"runtime/debug"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/pglistener/pglistener/internal/cli"
-	"github.com/pglistener/pglistener/internal/config"
+	"github.com/pglistener/pglistener/internal/env"
 	"github.com/pglistener/pglistener/internal/logs"
 	"github.com/pglistener/pglistener/internal/pgconn"
 )
@@ -51,21 +52,20 @@ func commands() []cli.Command {
 
 // listen is what the program is for: it listens until ctx ends.
 func listen(ctx context.Context, e cli.Env) int {
-	cfg, channels, log, problems := load(e)
-	for _, p := range problems {
-		e.Fail(p, cli.Usage)
+	p := load(e)
+	defer p.lines.Flush(time.Second)
+	for _, problem := range p.problems {
+		e.Fail(problem, cli.Usage)
 	}
-	if len(problems) > 0 {
+	if len(p.problems) > 0 {
 		return cli.Usage
 	}
-	for _, r := range cfg.routes {
-		if w := r.Warning(); w != "" {
-			log.Warn(w)
-		}
+	for _, w := range append(p.cfg.warnings(), p.cfg.unknown(os.Environ())...) {
+		p.log.Warn(w)
 	}
-	log.Info("starting", "version", version(), "pid", os.Getpid())
-	listener := NewListener(cfg.dsn(), cfg.Listener, channels, log)
-	ends, err := watch(listener, cfg, e.Lookup, log)
+	p.log.Info("starting", "version", version(), "pid", os.Getpid())
+	listener := NewListener(p.cfg.dsn(), p.cfg.Listener, p.channels, p.log)
+	ends, err := watch(listener, p, e.Lookup)
 	if err != nil {
 		return e.Fail(err, cli.Failed)
 	}
@@ -77,20 +77,29 @@ func listen(ctx context.Context, e cli.Env) int {
 		return e.Fail(errors.New(pgconn.Explain(err)), cli.Failed)
 	}
 	if abandoned > 0 {
-		log.Error("stopped", "abandoned", abandoned)
+		p.log.Error("stopped", "abandoned", abandoned)
 		return cli.Failed
 	}
-	log.Info("stopped")
+	p.log.Info("stopped")
 	return cli.OK
 }
 
-// load reads the configuration and makes the handlers. It returns every problem at once, one error each.
-func load(e cli.Env) (*Config, []Channel, *slog.Logger, []error) {
+// loaded is what the configuration makes.
+type loaded struct {
+	cfg      *Config
+	channels []Channel
+	log      *slog.Logger
+	lines    *logs.Writer // through which log writes
+	problems []error      // every one of the configuration
+}
+
+func load(e cli.Env) (p loaded) {
 	handlers, modes := addHandlers(handlerTable()), modes()
-	cfg, problems := loadConfig(e.Lookup, handlers, modes)
-	log := logs.New(cfg.Log, e.Stderr)
-	channels, wrong := makeChannels(cfg, handlers, modes, log)
-	return cfg, channels, log, append(problems, wrong...)
+	p.cfg, p.problems = loadConfig(e.Lookup, handlers, modes)
+	p.log, p.lines = logs.Open(p.cfg.Log, e.Stderr)
+	channels, wrong := makeChannels(p.cfg, handlers, modes, p.log)
+	p.channels, p.problems = channels, append(p.problems, wrong...)
+	return p
 }
 
 func printUsage(_ context.Context, e cli.Env) int {
@@ -103,7 +112,9 @@ Flags:
 	cli.Print(e.Stdout, commands())
 	fmt.Fprintf(e.Stdout, "\nCHANNELS has the modes %s and the handlers %s.\n\nVariables, with default and meaning:\n",
 		strings.Join(sortedKeys(modes()), ", "), strings.Join(sortedKeys(addHandlers(handlerTable())), ", "))
-	config.Print(e.Stdout, &Config{})
+	env.Print(e.Stdout, &Config{}, &ChannelSettings{})
+	fmt.Fprint(e.Stdout, "\nVariables of channels, which may be set for one alone, as ORDERS_CONCURRENCY for orders;\nand ORDERS_HANDLER=[MODE:]HANDLER for what CHANNELS says of it otherwise:\n")
+	env.Print(e.Stdout, &ChannelSettings{}, &struct{}{})
 	return cli.OK
 }
 

@@ -127,8 +127,8 @@ func TestCheck(t *testing.T) {
 			t.Errorf("no %q in\n%s", want, out)
 		}
 	}
-	if n := len(strings.Split(strings.TrimSpace(out), "\n")); n != 5 {
-		t.Errorf("%d lines, want 5", n)
+	if n := len(strings.Split(strings.TrimSpace(out), "\n")); n != 6 {
+		t.Errorf("%d lines, want 6, of which one is a warning", n)
 	}
 }
 

@@ -25,7 +25,7 @@ func TestWebhookConfiguration(t *testing.T) {
 		"secret":     {vars{"CHANNELS": "a=https://host/", "WEBHOOK_SECRET": "hunter2"}, "WEBHOOK_SECRET: must be whsec_"},
 		"short":      {vars{"CHANNELS": "a=https://host/", "WEBHOOK_SECRET": "whsec_aHVudGVyMg=="}, "WEBHOOK_SECRET: must be whsec_"},
 		"in outbox":  {vars{"CHANNELS": "a=outbox:http:"}, `CHANNELS: channel "a": not a valid URL`},
-		"no inner":   {vars{"CHANNELS": "a=outbox:nope"}, `CHANNELS: channel "a": "nope" is neither a mode (doorbell, outbox, plain) nor a handler`},
+		"no inner":   {vars{"CHANNELS": "a=outbox:nope"}, `CHANNELS: channel "a" has neither a mode (doorbell, outbox, plain) nor a handler`},
 		"table":      {vars{"CHANNELS": "a=outbox:log", "OUTBOX_TABLE": "a.b.c"}, `OUTBOX_TABLE: "a.b.c" is not a table name`},
 	} {
 		c.vars["DATABASE_URL"] = dsn

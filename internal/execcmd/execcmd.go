@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/proc"
@@ -22,9 +23,8 @@ type handler struct {
 	setup   notify.Setup
 }
 
-// New makes the handler of "PROGRAM [ARG...]", split on blanks.
-func New(command string, programs proc.Settings, s notify.Setup) (notify.Handler, error) {
-	words := strings.Fields(command)
+// New makes the handler of a program and its arguments.
+func New(words []string, programs proc.Settings, s notify.Setup) (notify.Handler, error) {
 	if len(words) == 0 {
 		return nil, errors.New("exec needs a program: exec:PROGRAM [ARG...]")
 	}
@@ -38,6 +38,14 @@ func New(command string, programs proc.Settings, s notify.Setup) (notify.Handler
 		return nil, err
 	}
 	return &handler{path: path, args: words[1:], environ: programs.Environ(), setup: s}, nil
+}
+
+// stamp writes a time as RFC 3339 has it, or nothing when it is zero.
+func stamp(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format(time.RFC3339Nano)
 }
 
 // Exit codes that mean something, from sysexits.h.
@@ -58,6 +66,8 @@ func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 		"PGLISTENER_ID="+n.ID(),
 		"PGLISTENER_PID="+strconv.Itoa(n.PID),
 		"PGLISTENER_ATTEMPT="+strconv.Itoa(n.Attempt),
+		"PGLISTENER_CREATED_AT="+stamp(n.CreatedAt),
+		"PGLISTENER_RUN_AT="+stamp(n.RunAt),
 	)
 	cmd.Stdin = strings.NewReader(n.Payload) // a program that does not read it is no error to os/exec
 	stdout := &proc.Output{Log: h.setup.Log, Stream: "stdout"}

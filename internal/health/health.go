@@ -40,12 +40,12 @@ type Server struct {
 	served chan struct{}
 }
 
-// Start serves the address of the settings until end is called, or does nothing if there is none.
-func Start(s Settings, source Source, version string, log *slog.Logger) (end func(), err error) {
+// Start serves the address of the settings until end is called, or does nothing if there is none. more adds figures.
+func Start(s Settings, source Source, version string, log *slog.Logger, more ...notify.Meter) (end func(), err error) {
 	if s.Addr == "" {
 		return func() {}, nil
 	}
-	server, err := Serve(s.Addr, source, version, log)
+	server, err := Serve(s.Addr, source, version, log, more...)
 	if err != nil {
 		return nil, err
 	}
@@ -53,7 +53,7 @@ func Start(s Settings, source Source, version string, log *slog.Logger) (end fun
 }
 
 // Serve listens on addr and serves on a goroutine of its own. version is shown as a metric's label.
-func Serve(addr string, source Source, version string, log *slog.Logger) (*Server, error) {
+func Serve(addr string, source Source, version string, log *slog.Logger, more ...notify.Meter) (*Server, error) {
 	ln, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("HTTP_ADDR: %w", err)
@@ -63,7 +63,11 @@ func Serve(addr string, source Source, version string, log *slog.Logger) (*Serve
 	mux.HandleFunc("GET /readyz", answer(source.Ready))
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		_, _ = w.Write(Exposition(append(append(source.Stats(), process()...), notify.Stat{
+		stats := append(source.Stats(), process()...)
+		for _, m := range more {
+			stats = append(stats, m.Stats()...)
+		}
+		_, _ = w.Write(Exposition(append(stats, notify.Stat{
 			Name: "pglistener_build_info", Kind: "gauge", Help: "1, with the version as a label.", Labels: []string{"version", version}, Value: 1,
 		})))
 	})

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/pglistener/pglistener/internal/notify"
 )
 
 const (
@@ -178,6 +180,11 @@ func (w *Writer) Dropped() uint64 {
 	return w.dropped
 }
 
+// Stats implements notify.Meter.
+func (w *Writer) Stats() []notify.Stat {
+	return []notify.Stat{{Name: "pglistener_log_lines_dropped_total", Kind: "counter", Help: "Log lines that were dropped because stderr did not take them.", Value: float64(w.Dropped())}}
+}
+
 // Close writes what is queued and ends the Writer's goroutine; later lines are
 // dropped. If out is stuck it returns an error after 100 ms, and the goroutine ends
 // when out has taken or refused what is queued. It does not close out.
@@ -209,6 +216,9 @@ func (w *Writer) next() *line {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for len(w.queue) == 0 {
+		if w.closed {
+			return nil
+		}
 		w.more.Wait()
 	}
 	l := w.queue[0]
@@ -255,14 +265,14 @@ func (w *Writer) finish(l *line, err error) {
 		w.dropped++
 		w.untold++
 	}
-	if w.size == 0 && !w.gapped {
+	if w.size == 0 {
 		w.stuck = false
 	}
 	l.done <- err
 }
 
-// markGap queues the report of the lines dropped, unless it is queued. Until it is
-// written Write drops what comes, so that it tells of all of them. mu is held.
+// markGap queues the report of the lines dropped, unless it is queued. While out is
+// stuck Write drops what comes after it, so that it tells of all of them. mu is held.
 func (w *Writer) markGap(at int) {
 	if !w.gapped {
 		w.gapped = true

@@ -9,7 +9,7 @@ import (
 
 // Settings are the variables of schedules.
 type Settings struct {
-	Text string `env:"SCHEDULE" usage:"when a channel runs by itself: five crontab fields, @hourly to @yearly or @every 90s, after CRON_TZ=ZONE if need be"`
+	Text string `env:"SCHEDULE" only:"channel" usage:"when a channel runs by itself: five crontab fields, @hourly to @yearly or @every 90s, after CRON_TZ=ZONE if need be"`
 }
 
 // Validate returns why the schedule cannot be read.

@@ -1,0 +1,205 @@
+package env
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/pglistener/pglistener/internal/pgconn"
+)
+
+// Route is one entry of CHANNELS.
+type Route struct {
+	Channel string
+	Mode    string // plain, unless one of the modes stands before the handler
+	Handler string // a name in the handler table; log if there is none
+	Arg     string // what follows the name and a colon
+
+	Variable string // where the handler is written: CHANNELS or NAME_HANDLER
+}
+
+// Spec is the handler as it is written in CHANNELS.
+func (r Route) Spec() string { return strings.TrimSuffix(r.Handler+":"+r.Arg, ":") }
+
+// Shown is the mode and the handler without what may be a secret: of a URL the scheme and the host, of a program not
+// the arguments.
+func (r Route) Shown() string {
+	shown := r.Spec()
+	if u, err := url.Parse(shown); strings.Contains(shown, "://") {
+		shown = r.Handler + "://..."
+		if err == nil {
+			shown = u.Scheme + "://" + u.Host
+		}
+	} else if words, err := Words(r.Arg); err == nil && len(words) > 1 {
+		shown = fmt.Sprintf("%s:%s (%d arguments)", r.Handler, words[0], len(words)-1)
+	}
+	return r.Mode + " " + shown
+}
+
+// Warning is about a channel that is allowed and hardly ever meant; "" is none.
+func (r Route) Warning() string {
+	folded := strings.ToLower(r.Channel)
+	if folded == r.Channel {
+		return ""
+	}
+	return fmt.Sprintf("CHANNELS: channel %q has upper-case letters: NOTIFY %s without double quotes reaches %q instead",
+		r.Channel, r.Channel, folded)
+}
+
+// Known are the names that CHANNELS may have.
+type Known struct{ Handlers, Modes []string }
+
+// ParseChannels reads CHANNELS: comma-separated channel[=[mode:]handler]; a handler may stand in NAME_HANDLER instead.
+// It returns the entries that are right, and an error for each that is not, beginning with the variable's name. No error
+// shows a handler, which may hold a secret.
+func ParseChannels(s string, lookup Lookuper, known Known) (routes []Route, problems []error) {
+	if err := separators(s); err != nil {
+		return nil, []error{fmt.Errorf("CHANNELS: %w", err)}
+	}
+	seen := map[string]bool{}
+	before := ""
+	for i, entry := range strings.Split(s, ",") {
+		variable := "CHANNELS"
+		channel, spec, given := strings.Cut(entry, "=")
+		channel, spec = strings.TrimSpace(channel), strings.TrimSpace(spec)
+		err := channelName(channel, i, before)
+		before = entry
+		if long, set := longForm(lookup, channel); err == nil && set {
+			if given {
+				err = fmt.Errorf("channel %q has a handler here and in %sHANDLER; leave one of them out", channel, Prefix(channel))
+			} else {
+				variable, spec, given = Prefix(channel)+"HANDLER", long, true
+			}
+		}
+		r, bad := parseHandler(spec, given, known)
+		r.Channel, r.Variable = channel, variable
+		switch {
+		case err != nil:
+		case seen[channel]:
+			err = fmt.Errorf("channel %q is listed twice", channel)
+		case bad != nil:
+			err = fmt.Errorf("channel %q %w", channel, bad)
+		}
+		seen[channel] = true
+		if err != nil {
+			problems = append(problems, fmt.Errorf("%s: %w", variable, err))
+			continue
+		}
+		routes = append(routes, r)
+	}
+	return routes, problems
+}
+
+// longForm is the value of NAME_HANDLER.
+func longForm(lookup Lookuper, channel string) (string, bool) {
+	value, _ := lookup(Prefix(channel) + "HANDLER")
+	value = Unquote(value)
+	return value, value != ""
+}
+
+var plainNames = regexp.MustCompile(`^[\w.-]+(=\S*)?([;\s]+[\w.-]+(=\S*)?)+$`)
+
+// separators finds a list that is written as if for another program.
+func separators(s string) error {
+	trimmed := strings.TrimSpace(s)
+	switch n := len(trimmed); {
+	case n == 0:
+		return errors.New("not set; name the channels to listen on, such as CHANNELS=orders,jobs=doorbell:log")
+	case n > 1 && (trimmed[0] == '"' || trimmed[0] == '\'') && trimmed[n-1] == trimmed[0]:
+		return errors.New("the value has quotes around it, which docker's --env-file keeps: write it without")
+	case strings.ContainsAny(s, "\r\n"):
+		return errors.New("the value has line breaks: put commas between channels")
+	case plainNames.MatchString(s) && strings.Contains(s, ";"):
+		return errors.New("channels are separated by commas, not by semicolons")
+	}
+	return nil
+}
+
+// channelName returns what is wrong with the name of entry i. What follows a comma in a handler looks like a channel, so
+// a name is shown only if it can be no piece of a secret; before is the entry before.
+func channelName(channel string, i int, before string) error {
+	_, spec, given := strings.Cut(before, "=")
+	if given && strings.ContainsAny(spec, "/ ") && strings.ContainsAny(channel, "&?/@:% ") {
+		return fmt.Errorf("entry %d is not shown, for it looks like the rest of the handler before it: a handler with a comma goes into a variable of its own, such as ORDERS_HANDLER", i+1)
+	}
+	switch {
+	case channel == "":
+		return fmt.Errorf("entry %d has no channel name", i+1)
+	case strings.Contains(channel, "://"):
+		return fmt.Errorf("entry %d is a URL; write CHANNEL=URL", i+1)
+	case len(channel) > pgconn.MaxIdentifier:
+		return fmt.Errorf("the channel of entry %d has %d bytes; PostgreSQL allows %d", i+1, len(channel), pgconn.MaxIdentifier)
+	case !utf8.ValidString(channel) || strings.ContainsRune(channel, 0):
+		return fmt.Errorf("the channel of entry %d is not valid UTF-8", i+1)
+	}
+	return nil
+}
+
+// parseHandler reads [mode:]handler[:arg]. Its error follows the name of the channel.
+func parseHandler(spec string, given bool, known Known) (Route, error) {
+	r := Route{Mode: "plain", Handler: "log"}
+	if !given {
+		return r, nil
+	}
+	modes := 0
+	for rest := spec; ; modes++ {
+		r.Handler, r.Arg, _ = strings.Cut(rest, ":")
+		if !slices.Contains(known.Modes, r.Handler) {
+			break
+		}
+		r.Mode, rest = r.Handler, r.Arg
+	}
+	switch {
+	case modes > 1:
+		return r, errors.New("has two modes; it can have one")
+	case r.Handler == "" && modes == 0:
+		return r, fmt.Errorf("has no handler after the %q", "=")
+	case r.Handler == "":
+		return r, fmt.Errorf("has no handler after the mode: %s:log or another", r.Mode)
+	case !slices.Contains(known.Handlers, r.Handler):
+		all := append(slices.Clone(known.Modes), known.Handlers...)
+		if near := nearest(r.Handler, all); near != "" {
+			return r, fmt.Errorf("has no handler or mode that is known; did you mean %q?", near)
+		}
+		return r, fmt.Errorf("has neither a mode (%s) nor a handler (%s) after the %q", strings.Join(known.Modes, ", "), strings.Join(known.Handlers, ", "), "=")
+	}
+	return r, nil
+}
+
+// Words splits s into words as a shell does, without expanding anything: blanks separate them, '...' takes everything as
+// it is, "..." everything but \ before " and \, and \ outside quotes takes the character after it.
+func Words(s string) (words []string, err error) {
+	var word []byte
+	quote, inWord := byte(0), false
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		switch {
+		case quote != 0 && c == quote:
+			quote = 0
+		case c == '\\' && quote != '\'' && i+1 < len(s) && (quote == 0 || s[i+1] == '"' || s[i+1] == '\\'):
+			i++
+			word, inWord = append(word, s[i]), true
+		case quote != 0:
+			word = append(word, c)
+		case c == '\'' || c == '"':
+			quote, inWord = c, true
+		case strings.IndexByte(" \t\r\n", c) >= 0:
+			if inWord {
+				words, word, inWord = append(words, string(word)), nil, false
+			}
+		default:
+			word, inWord = append(word, c), true
+		}
+	}
+	if quote != 0 {
+		return nil, fmt.Errorf("a quote %c is not closed", quote)
+	}
+	if inWord {
+		words = append(words, string(word))
+	}
+	return words, nil
+}

@@ -1,0 +1,78 @@
+package env
+
+import (
+	"errors"
+	"net/url"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/lib/pq"
+
+	"github.com/pglistener/pglistener/internal/pgconn"
+)
+
+// runtimeParameter is what lib/pq sends to the server as a setting because it does not know the key.
+var runtimeParameter = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.]*$`)
+
+// CheckDSN returns why a connection string can never work, and the variable to
+// blame. lib/pq's own error holds the string, password and all, and a string it
+// accepts may yet carry pieces of a password where they would be shown as a
+// host, a database or a setting; none of these is ever part of the error (DESIGN
+// facts 4 and 20). An empty string means the PG* variables, one of which must be
+// set then. It reads the PG* variables and the service file, as lib/pq does.
+func CheckDSN(dsn string, lookup Lookuper) (name string, err error) {
+	if dsn == "" && !anySet(lookup, "PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE") {
+		return "DATABASE_URL", errors.New("not set, nor any of PGHOST, PGDATABASE, PGSERVICE; set it to postgres://user:password@host:port/database")
+	}
+	if _, err := pq.NewConfig(""); err != nil {
+		if os.Getenv("PGSERVICE") != "" {
+			return "PGSERVICE", errors.New("the service file cannot be read or has no such service (its text is not shown because it may hold a password)")
+		}
+		// The error names PG* variables; PGPASSWORD is never part of it, for it cannot be wrong.
+		return "PG*", errors.New(strings.TrimPrefix(err.Error(), "pq: "))
+	}
+	cfg, err := pq.NewConfig(dsn)
+	if err != nil {
+		return "DATABASE_URL", pgconn.ErrBadDSN
+	}
+	for key := range cfg.Runtime {
+		if !runtimeParameter.MatchString(key) {
+			return "DATABASE_URL", pgconn.ErrBadDSN
+		}
+	}
+	if u, err := url.Parse(dsn); err == nil && strings.HasPrefix(u.Scheme, "postgres") {
+		// A "/", "?" or "#" in a password ends the host part early.
+		beforeQuery, _, _ := strings.Cut(dsn, "?")
+		if u.Fragment != "" || strings.Contains(beforeQuery, "@") && u.User == nil || strings.Count(u.EscapedPath(), "/") > 1 {
+			return "DATABASE_URL", pgconn.ErrBadDSN
+		}
+		for key := range u.Query() {
+			if !runtimeParameter.MatchString(key) {
+				return "DATABASE_URL", pgconn.ErrBadDSN
+			}
+		}
+	}
+	return "", nil
+}
+
+func anySet(lookup Lookuper, names ...string) bool {
+	return slices.ContainsFunc(names, func(name string) bool {
+		value, _ := lookup(name)
+		return value != ""
+	})
+}
+
+// WithApplicationName adds the name that pg_stat_activity shows, unless the DSN has one.
+func WithApplicationName(dsn, name string) string {
+	const key = "fallback_application_name"
+	if !strings.HasPrefix(dsn, "postgres://") && !strings.HasPrefix(dsn, "postgresql://") {
+		return key + "=" + name + " " + dsn
+	}
+	separator := "?"
+	if strings.Contains(dsn, "?") {
+		separator = "&"
+	}
+	return dsn + separator + key + "=" + name
+}

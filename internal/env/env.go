@@ -1,0 +1,297 @@
+// Package env reads the environment: variables that are declared by tags on structs, CHANNELS, and the connection
+// string. No error of it shows a secret.
+package env
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/sethvargo/go-envconfig"
+)
+
+// Variables are the fields of structs, one struct a package, nested in the program's. These tags say what each may be:
+//
+//	env:"NAME,default=VALUE"  its name and its default
+//	usage:"..."               its meaning, for -h, docs/settings.md and .env.example
+//	file:"true"               NAME_FILE may name a file that holds the value, which is a secret
+//	oneof:"a b"               it is one of these words
+//	only:"channel"            it counts with a channel's prefix alone
+//	min:"0" max:"100"         bounds of a number or a duration; without them 1 to a million, more than 0 to a year
+//
+// A struct whose method Validate returns an error, which begins with a variable's name, is wrong as a whole.
+
+// Lookuper returns the value of a variable and whether it is set: os.LookupEnv, or a map in tests.
+type Lookuper func(name string) (string, bool)
+
+// Decode fills the variables among the fields of target, a pointer to a struct. It returns every problem at once, one
+// error each, beginning with the name of the variable and free of secrets. An empty variable counts as unset.
+func Decode(target any, lookup Lookuper) []error {
+	return (&decoder{target: target, lookup: lookup}).decode()
+}
+
+// DecodeFor is Decode for a channel: each variable may have the channel's prefix, and the one without it counts only
+// where that is not set. It returns the prefixed names that are set, and the problems of those alone: the others are
+// Decode's.
+func DecodeFor(target any, lookup Lookuper, channel string) (set []string, problems []error) {
+	d := &decoder{target: target, lookup: lookup, prefix: Prefix(channel)}
+	for _, err := range d.decode() {
+		name, _, _ := strings.Cut(strings.TrimPrefix(err.Error(), d.prefix), ":")
+		if _, ok := variableOf(target, strings.TrimSuffix(name, "_FILE")); ok && strings.HasPrefix(err.Error(), d.prefix+name) {
+			problems = append(problems, err)
+		}
+	}
+	return d.set, problems
+}
+
+// Prefix is what stands before the name of a variable that is for one channel alone: the channel in upper case, with
+// an underscore for all that is neither letter nor digit.
+func Prefix(channel string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return '_'
+	}, strings.ToUpper(channel)) + "_"
+}
+
+type decoder struct {
+	target any
+	lookup Lookuper
+	prefix string
+	set    []string          // prefixed names that are set
+	names  map[string]string // under which each variable was found
+}
+
+func (d *decoder) decode() []error {
+	var problems []error
+	bad := map[string]bool{}
+	// envconfig stops at the first value it cannot decode, so it is run again without that one until it is content.
+	for {
+		d.set, d.names = nil, map[string]string{}
+		var last string
+		err := envconfig.ProcessWith(context.Background(), &envconfig.Config{
+			Target: d.target,
+			// Values already there are defaults or good: without this, a second run would keep what the first one set
+			// and never see a default.
+			DefaultOverwrite: true,
+			Lookuper: envconfig.LookuperFunc(func(name string) (string, bool) {
+				last = name
+				if bad[name] {
+					return "", false
+				}
+				value, err := d.value(name)
+				if err != nil {
+					problems, bad[name] = append(problems, err), true
+				}
+				return value, value != ""
+			}),
+		})
+		if err == nil {
+			return append(append(problems, d.outOfRange(bad)...), d.invalid()...)
+		}
+		v, known := variableOf(d.target, last)
+		if bad[last] || !known {
+			return append(problems, err) // not the value's fault: a bug in the struct's tags
+		}
+		bad[last] = true
+		value, _ := d.lookup(d.names[last])
+		hint := "a whole number"
+		switch v.field.Type {
+		case reflect.TypeFor[bool]():
+			hint = "true or false"
+		case reflect.TypeFor[time.Duration]():
+			hint = "a duration such as 500ms, 10s or 1m30s"
+		}
+		problems = append(problems, fmt.Errorf("%s: %q is not %s", d.names[last], value, hint))
+	}
+}
+
+// value returns the value of a variable: with the prefix if that is set, from a file where that is allowed.
+func (d *decoder) value(name string) (string, error) {
+	v, _ := variableOf(d.target, name)
+	for _, prefix := range slices.Compact([]string{d.prefix, ""}) {
+		if prefix == "" && v.field.Tag.Get("only") == "channel" {
+			continue
+		}
+		d.names[name] = prefix + name
+		value, err := lookupValue(d.lookup, prefix+name, v.File)
+		if value == "" && err == nil {
+			continue
+		}
+		if prefix != "" {
+			d.set = append(d.set, prefix+name)
+		}
+		return value, err
+	}
+	return "", nil
+}
+
+// lookupValue returns the value of a variable, or what is in the file that NAME_FILE names.
+func lookupValue(lookup Lookuper, name string, file bool) (string, error) {
+	value, _ := lookup(name)
+	value = Unquote(value)
+	path, _ := lookup(name + "_FILE")
+	if !file || path == "" {
+		return value, nil
+	}
+	if value != "" {
+		return "", fmt.Errorf("%s_FILE: %s is set too; set one of them", name, name)
+	}
+	data, err := readSmall(path)
+	if err != nil {
+		return "", fmt.Errorf("%s_FILE: %w", name, err)
+	}
+	value = strings.TrimRight(string(data), "\r\n")
+	if value == "" {
+		return "", fmt.Errorf("%s_FILE: %q is empty", name, path)
+	}
+	return value, nil
+}
+
+// Unquote removes one pair of quotes around a whole value: docker's --env-file keeps those that a shell and systemd
+// need around blanks.
+func Unquote(value string) string {
+	value = strings.TrimSpace(value)
+	if n := len(value); n > 1 && (value[0] == '\'' || value[0] == '"') && value[n-1] == value[0] {
+		return value[1 : n-1]
+	}
+	return value
+}
+
+// readSmall reads a file that holds one value, so that a wrong path cannot fill the memory.
+func readSmall(path string) ([]byte, error) {
+	const limit = 64 << 10
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && len(data) > limit {
+		err = fmt.Errorf("%q is larger than %d bytes", path, limit)
+	}
+	return data, err
+}
+
+// outOfRange checks the tags oneof, min and max of every variable that is not bad already.
+func (d *decoder) outOfRange(bad map[string]bool) (problems []error) {
+	report := func(v Variable, format string, args ...any) {
+		problems = append(problems, fmt.Errorf(d.names[v.Name]+": "+format, args...))
+	}
+	for _, v := range Variables(d.target) {
+		if bad[v.Name] {
+			continue
+		}
+		least, hasLeast := v.field.Tag.Lookup("min")
+		most, hasMost := v.field.Tag.Lookup("max")
+		switch value := v.value.Interface().(type) {
+		case string:
+			if words := strings.Fields(v.field.Tag.Get("oneof")); len(words) > 0 && !slices.Contains(words, value) {
+				report(v, "%q is not one of %s", value, strings.Join(words, ", "))
+			}
+		case int:
+			low, high := 1, 1_000_000
+			if hasLeast {
+				low, _ = strconv.Atoi(least)
+			}
+			if hasMost {
+				high, _ = strconv.Atoi(most)
+			}
+			if value < low {
+				report(v, "%d is less than %d", value, low)
+			} else if value > high {
+				report(v, "%d is more than %d", value, high)
+			}
+		case time.Duration:
+			if value < 0 || value == 0 && !hasLeast {
+				report(v, "%v is not positive; write a duration such as 10s", value)
+			} else if value > 366*24*time.Hour {
+				report(v, "%v is more than a year", value)
+			}
+		}
+	}
+	return problems
+}
+
+// invalid asks the structs that can validate themselves. Where a variable has the prefix, so has the error.
+func (d *decoder) invalid() (problems []error) {
+	var visit func(reflect.Value)
+	visit = func(s reflect.Value) {
+		if v, ok := s.Interface().(interface{ Validate() error }); ok {
+			if err := v.Validate(); err != nil {
+				name, text, _ := strings.Cut(err.Error(), ": ")
+				if used := d.names[name]; used != "" {
+					err = fmt.Errorf("%s: %s", used, text)
+				}
+				problems = append(problems, err)
+			}
+		}
+		for i := range s.NumField() {
+			if f := s.Type().Field(i); f.IsExported() && f.Type.Kind() == reflect.Struct {
+				visit(s.Field(i))
+			}
+		}
+	}
+	visit(reflect.ValueOf(d.target).Elem())
+	return problems
+}
+
+// Variable is a field that is read from the environment.
+type Variable struct {
+	Name, Default, Usage string
+	File                 bool // NAME_FILE may name a file
+	field                reflect.StructField
+	value                reflect.Value
+}
+
+// Variables returns those of target, a pointer to a struct, and of the structs in it, in their order.
+func Variables(target any) []Variable { return collect(reflect.ValueOf(target).Elem()) }
+
+func collect(s reflect.Value) (all []Variable) {
+	for i := range s.NumField() {
+		f := s.Type().Field(i)
+		name, options, _ := strings.Cut(f.Tag.Get("env"), ",")
+		switch {
+		case name != "":
+			all = append(all, Variable{
+				Name: name, Default: strings.TrimPrefix(options, "default="), Usage: f.Tag.Get("usage"),
+				File: f.Tag.Get("file") != "", field: f, value: s.Field(i),
+			})
+		case f.Type.Kind() == reflect.Struct && f.IsExported():
+			all = append(all, collect(s.Field(i))...)
+		}
+	}
+	return all
+}
+
+func variableOf(target any, name string) (Variable, bool) {
+	for _, v := range Variables(target) {
+		if v.Name == name {
+			return v, true
+		}
+	}
+	return Variable{}, false
+}
+
+// Print writes a table of the variables of target, for -h, without those of but.
+func Print(w io.Writer, target, but any) {
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, v := range Variables(target) {
+		if _, left := variableOf(but, v.Name); left {
+			continue
+		}
+		fmt.Fprintf(tw, "  %s\t%s\t%s\n", v.Name, v.Default, v.Usage)
+		if v.File {
+			fmt.Fprintf(tw, "  %s_FILE\t\ta file that holds %s\n", v.Name, v.Name)
+		}
+	}
+	tw.Flush()
+}

@@ -1,0 +1,315 @@
+package env
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// environ is an environment.
+type environ map[string]string
+
+func (e environ) lookup(name string) (string, bool) {
+	value, ok := e[name]
+	return value, ok
+}
+
+// settings are variables as a package declares them.
+type settings struct {
+	Concurrency int           `env:"CONCURRENCY,default=1" max:"100"`
+	Timeout     time.Duration `env:"HANDLER_TIMEOUT,default=30s"`
+	Mode        string        `env:"OVERFLOW,default=block" oneof:"block drop"`
+	Own         string        `env:"SCHEDULE" only:"channel"`
+	Nested      secret
+}
+
+type secret struct {
+	Secret string `env:"WEBHOOK_SECRET" file:"true"`
+}
+
+func (s secret) Validate() error {
+	if strings.Contains(s.Secret, "malformed") {
+		return errMalformed{}
+	}
+	return nil
+}
+
+type errMalformed struct{}
+
+func (errMalformed) Error() string { return "WEBHOOK_SECRET: must be whsec_..." }
+
+func TestSettingsOfAChannel(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(file, []byte("from file\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	e := environ{
+		"CONCURRENCY": "3", "HANDLER_TIMEOUT": "1m", "WEBHOOK_SECRET": "global", "SCHEDULE": "@daily",
+		"USER_EVENTS_CONCURRENCY": "10", "USER_EVENTS_WEBHOOK_SECRET_FILE": file, "USER_EVENTS_SCHEDULE": "@hourly", "USER_EVENTS_OVERFLOW": "",
+	}
+	var global, orders, users settings
+	if problems := Decode(&global, e.lookup); len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	orders, users = global, global
+	if set, problems := DecodeFor(&orders, e.lookup, "orders"); len(problems) > 0 || len(set) > 0 || orders != global {
+		t.Errorf("%v %v %+v", set, problems, orders)
+	}
+	if global.Own != "" || global.Concurrency != 3 || global.Mode != "block" {
+		t.Errorf("%+v", global)
+	}
+	set, problems := DecodeFor(&users, e.lookup, "user-events")
+	want := settings{Concurrency: 10, Timeout: time.Minute, Mode: "block", Own: "@hourly", Nested: secret{Secret: "from file"}}
+	if len(problems) > 0 || users != want {
+		t.Errorf("%v %+v, want %+v", problems, users, want)
+	}
+	slices.Sort(set)
+	if strings.Join(set, " ") != "USER_EVENTS_CONCURRENCY USER_EVENTS_SCHEDULE USER_EVENTS_WEBHOOK_SECRET" {
+		t.Errorf("set: %v", set)
+	}
+}
+
+// Each bad value is reported once, under the name it was given.
+func TestBadValuesAreReportedOnce(t *testing.T) {
+	e := environ{"CONCURRENCY": "many", "HANDLER_TIMEOUT": "10", "WEBHOOK_SECRET": "malformed hunter2",
+		"A_CONCURRENCY": "101", "A_OVERFLOW": "lose", "B_HANDLER_TIMEOUT": "-1s", "B_WEBHOOK_SECRET": "malformed hunter2", "B_CONCURRENCY": "x"}
+	var all []string
+	var s settings
+	for _, err := range Decode(&s, e.lookup) {
+		all = append(all, err.Error())
+	}
+	for _, channel := range []string{"a", "b"} {
+		_, problems := DecodeFor(&s, e.lookup, channel)
+		for _, err := range problems {
+			all = append(all, err.Error())
+		}
+	}
+	slices.Sort(all)
+	want := []string{"A_CONCURRENCY: 101 is more than 100", `A_OVERFLOW: "lose" is not one of block, drop`,
+		`B_CONCURRENCY: "x" is not a whole number`, "B_HANDLER_TIMEOUT: -1s is not positive; write a duration such as 10s", "B_WEBHOOK_SECRET: must be whsec_...",
+		`CONCURRENCY: "many" is not a whole number`, `HANDLER_TIMEOUT: "10" is not a duration such as 500ms, 10s or 1m30s`, "WEBHOOK_SECRET: must be whsec_..."}
+	if !slices.Equal(all, want) {
+		t.Errorf("got\n%s\nwant\n%s", strings.Join(all, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+func TestLimitsOfSanity(t *testing.T) {
+	for name, value := range map[string]string{"CONCURRENCY": "1000000000", "HANDLER_TIMEOUT": "100000h"} {
+		problems := Decode(&settings{}, environ{name: value}.lookup)
+		if len(problems) != 1 || !strings.HasPrefix(problems[0].Error(), name+": ") || !strings.Contains(problems[0].Error(), "is more than") {
+			t.Errorf("%s: %v", name, problems)
+		}
+	}
+}
+
+func TestPrefixesThatCollide(t *testing.T) {
+	routes := []Route{{Channel: "user-events"}, {Channel: "user_events"}, {Channel: "orders"}}
+	if problems := Collisions(routes, []string{"ORDERS_CONCURRENCY"}); len(problems) > 0 {
+		t.Errorf("neither is set: %v", problems)
+	}
+	problems := Collisions(routes, []string{"USER_EVENTS_CONCURRENCY"})
+	if len(problems) != 1 || !strings.Contains(problems[0].Error(), `USER_EVENTS_CONCURRENCY: it is for channel "user-events" as well as for "user_events"`) {
+		t.Errorf("%v", problems)
+	}
+}
+
+var known = Known{Handlers: []string{"append", "exec", "http", "https", "log"}, Modes: []string{"doorbell", "outbox", "plain"}}
+
+func TestChannels(t *testing.T) {
+	for s, want := range map[string]string{
+		"orders":                       "orders plain log",
+		" a = log , b=doorbell:log":    "a plain log|b doorbell log",
+		"a=outbox:https://h/x?y=1":     "a outbox https://h/x?y=1",
+		`Käse "n' Brot; drop table x;`: `Käse "n' Brot; drop table x; plain log`,
+		"a=exec:./p 'two words' x":     "a plain exec:./p 'two words' x",
+	} {
+		routes, problems := ParseChannels(s, environ{}.lookup, known)
+		var got []string
+		for _, r := range routes {
+			got = append(got, r.Channel+" "+r.Mode+" "+r.Spec())
+		}
+		if len(problems) > 0 || strings.Join(got, "|") != want {
+			t.Errorf("%s: %v %v", s, got, problems)
+		}
+	}
+}
+
+func TestHandlerInAVariableOfItsOwn(t *testing.T) {
+	routes, problems := ParseChannels("orders,jobs,plain", environ{
+		"ORDERS_HANDLER": "outbox:https://h/x?a=1,2", "JOBS_HANDLER": `'exec:./drain "two words" x'`,
+	}.lookup, known)
+	if len(problems) > 0 || len(routes) != 3 {
+		t.Fatalf("%v %v", routes, problems)
+	}
+	for i, want := range []string{"outbox https://h/x?a=1,2 ORDERS_HANDLER", `plain exec:./drain "two words" x JOBS_HANDLER`, "plain log CHANNELS"} {
+		if got := routes[i].Mode + " " + routes[i].Spec() + " " + routes[i].Variable; got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+	if _, problems := ParseChannels("orders=log", environ{"ORDERS_HANDLER": "log"}.lookup, known); len(problems) != 1 || !strings.Contains(problems[0].Error(), "ORDERS_HANDLER; leave one of them out") {
+		t.Errorf("both forms: %v", problems)
+	}
+}
+
+// A mistake gets one line, and no line has anything that may be a secret.
+func TestMistakesInChannels(t *testing.T) {
+	for s, want := range map[string]string{
+		"":                              "not set",
+		`"orders"`:                      "docker's --env-file keeps",
+		"'orders,jobs'":                 "docker's --env-file keeps",
+		"orders\njobs":                  "line breaks",
+		"orders;jobs=doorbell:log":      "commas, not by semicolons",
+		"a=doorbell:outbox:log":         `channel "a" has two modes`,
+		"a=outbox:doorbell:log":         `channel "a" has two modes`,
+		"drain=doorbell":                `channel "drain" has no handler after the mode`,
+		"a=":                            `channel "a" has no handler`,
+		"a=doorbel:log":                 `did you mean "doorbell"?`,
+		"a=htps://u:hunter2@h/":         `did you mean "https"?`,
+		"a=hunter2":                     "neither a mode",
+		"https://u:hunter2@h/":          "entry 1 is a URL",
+		"a=https://h/x?a=1,2&t=hunter2": "entry 2 is not shown",
+		"a=exec:./p --pw x,hunter2 y":   "entry 2 is not shown",
+		"a,a":                           "listed twice",
+		"a,":                            "entry 2 has no channel name",
+		strings.Repeat("x", 64):         "has 64 bytes",
+		"a\xff":                         "not valid UTF-8",
+	} {
+		_, problems := ParseChannels(s, environ{}.lookup, known)
+		if len(problems) != 1 || !strings.Contains(problems[0].Error(), want) || !strings.HasPrefix(problems[0].Error(), "CHANNELS: ") || strings.Contains(problems[0].Error(), "\n") {
+			t.Errorf("%q: %v, want one with %q", s, problems, want)
+		}
+		for _, p := range problems {
+			if strings.Contains(p.Error(), "hunter2") {
+				t.Errorf("%q: the secret is shown: %v", s, p)
+			}
+		}
+	}
+}
+
+func TestWhatIsShownOfAHandler(t *testing.T) {
+	for spec, want := range map[string]string{
+		"https://u:hunter2@h:8/hunter2?t=hunter2": "plain https://h:8",
+		"outbox:https://h/hunter2":                "outbox https://h",
+		"https://u:hunter2%zz@h/":                 "plain https://...",
+		"exec:./drain --password hunter2 x":       "plain exec:./drain (3 arguments)",
+		"doorbell:exec:./drain":                   "doorbell exec:./drain",
+		"append:/var/log/journal":                 "plain append:/var/log/journal",
+		"log":                                     "plain log",
+	} {
+		routes, problems := ParseChannels("a", environ{"A_HANDLER": spec}.lookup, known)
+		if len(problems) > 0 || routes[0].Shown() != want {
+			t.Errorf("%s: %v %v", spec, routes, problems)
+		}
+	}
+}
+
+func TestWords(t *testing.T) {
+	for s, want := range map[string]string{
+		"":                      "",
+		"a  b\tc":               "a|b|c",
+		`a 'b c' "d e"`:         "a|b c|d e",
+		`"it's" 'say "x"'`:      `it's|say "x"`,
+		`a\ b \" \\`:            `a b|"|\`,
+		`"a\"b\\c\d" 'x\y'`:     `a"b\c\d|x\y`,
+		`pre'fix'"ed" ''`:       "prefixed|",
+		`$HOME * ~ $(x) "$(y)"`: "$HOME|*|~|$(x)|$(y)",
+	} {
+		words, err := Words(s)
+		if got := strings.Join(words, "|"); err != nil || got != want {
+			t.Errorf("%s: %q %v, want %q", s, got, err, want)
+		}
+	}
+	for _, s := range []string{`a "b`, `'`, `a'b`} {
+		if _, err := Words(s); err == nil {
+			t.Errorf("%s: the open quote is no error", s)
+		}
+	}
+}
+
+func FuzzWords(f *testing.F) {
+	f.Add(`a 'b c' "d\"e" \x`)
+	f.Fuzz(func(t *testing.T, s string) {
+		words, err := Words(s)
+		if err != nil {
+			return
+		}
+		// Quoted again they are the same words.
+		var quoted []string
+		for _, w := range words {
+			quoted = append(quoted, "'"+strings.ReplaceAll(w, "'", `'\''`)+"'")
+		}
+		if again, err := Words(strings.Join(quoted, " ")); err != nil || !slices.Equal(again, words) {
+			t.Errorf("%q became %q, and again %q: %v", s, words, again, err)
+		}
+	})
+}
+
+func TestMisspeltVariables(t *testing.T) {
+	global := []string{"DATABASE_URL", "DATABASE_URL_FILE", "CHANNELS", "CONCURRENCY", "HANDLER_TIMEOUT", "PING_INTERVAL", "HTTP_ADDR", "WEBHOOK_SECRET", "WEBHOOK_SECRET_FILE", "OUTBOX_TABLE"}
+	perChannel := []string{"CONCURRENCY", "HANDLER_TIMEOUT", "WEBHOOK_SECRET", "HANDLER"}
+	routes := []Route{{Channel: "orders"}, {Channel: "user-events"}}
+	for name, want := range map[string]string{
+		"CONCURENCY": "CONCURRENCY", "CHANNEL": "CHANNELS", "PING_INTERVALL": "PING_INTERVAL", "HANDLER_TIMOUT": "HANDLER_TIMEOUT",
+		"OUTBOX_TABEL": "OUTBOX_TABLE", "DATABSE_URL": "DATABASE_URL", "ORDERS_CONCURENCY": "ORDERS_CONCURRENCY", "ORDER_CONCURRENCY": "ORDERS_CONCURRENCY",
+		"USEREVENTS_HANDLER": "USER_EVENTS_HANDLER", "HTTP_ADDR_FILE": "HTTP_ADDR cannot come from a file",
+		"PATH": "", "HOME": "", "LANG": "", "PGHOST": "", "DATABASE_URL": "", "ORDERS_HANDLER": "", "BILLING_HANDLER_TIMEOUT": "", "SHLVL": "", "XDG_RUNTIME_DIR": "",
+		"HOSTNAME": "", "TERM": "", "JOURNAL_STREAM": "", "INVOCATION_ID": "", "KUBERNETES_PORT": "", "HTTP_PROXY": "",
+	} {
+		warnings := Unknown([]string{name + "=hunter2"}, global, perChannel, routes)
+		switch {
+		case want == "" && len(warnings) > 0, want != "" && (len(warnings) != 1 || !strings.Contains(warnings[0], want) || !strings.HasPrefix(warnings[0], name+": ")):
+			t.Errorf("%s: %v, want %q", name, warnings, want)
+		case strings.Contains(strings.Join(warnings, ""), "hunter2"):
+			t.Errorf("%s: the value is shown", name)
+		}
+	}
+}
+
+// One file serves a shell, systemd and docker.
+func TestOneFileForShellSystemdAndDocker(t *testing.T) {
+	text := "# a comment\nCHANNELS=orders,jobs,report\n" +
+		`ORDERS_HANDLER='exec:./bin "two words" x'` + "\nJOBS_HANDLER=doorbell:log\n" + `REPORT_SCHEDULE='CRON_TZ=Europe/Berlin 0 3 * * *'` + "\n"
+	path := filepath.Join(t.TempDir(), ".env")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("sh", "-c", "set -a; . "+path+"; env").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	shell, systemd, docker := environ{}, environ{}, environ{}
+	for line := range strings.Lines(string(out)) {
+		name, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), "=")
+		shell[name] = value
+	}
+	for line := range strings.Lines(text) {
+		name, value, assigned := strings.Cut(strings.TrimSuffix(line, "\n"), "=")
+		if strings.HasPrefix(line, "#") || !assigned {
+			continue
+		}
+		docker[name] = value // everything, quotes and all
+		if n := len(value); n > 1 && value[0] == '\'' && value[n-1] == '\'' {
+			value = value[1 : n-1] // systemd removes quotes around a value
+		}
+		systemd[name] = value
+	}
+	for name, e := range map[string]environ{"shell": shell, "systemd": systemd, "docker": docker} {
+		routes, problems := ParseChannels(e["CHANNELS"], e.lookup, known)
+		if len(problems) > 0 || len(routes) != 3 {
+			t.Fatalf("%s: %v %v", name, routes, problems)
+		}
+		words, err := Words(routes[0].Arg)
+		if strings.Join(words, "|") != "./bin|two words|x" || err != nil || routes[1].Mode != "doorbell" {
+			t.Errorf("%s: %q %v", name, words, err)
+		}
+		var s settings
+		DecodeFor(&s, e.lookup, "report")
+		if s.Own != "CRON_TZ=Europe/Berlin 0 3 * * *" {
+			t.Errorf("%s: the schedule is %q", name, s.Own)
+		}
+	}
+}
