@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -98,7 +99,13 @@ func load(e cli.Env) (p loaded) {
 	p.cfg, p.problems = loadConfig(e.Lookup, handlers, modes)
 	p.log, p.lines = logs.Open(p.cfg.Log, e.Stderr)
 	channels, wrong := makeChannels(p.cfg, handlers, modes, p.log)
-	p.channels, p.problems = channels, append(p.problems, wrong...)
+	for _, err := range wrong {
+		known := func(problem error) bool { return strings.HasSuffix(err.Error(), problem.Error()) }
+		if !slices.ContainsFunc(p.problems, known) { // a handler repeats what is wrong with its settings
+			p.problems = append(p.problems, err)
+		}
+	}
+	p.channels = channels
 	return p
 }
 

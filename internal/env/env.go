@@ -26,7 +26,7 @@ import (
 //	only:"channel"            it counts with a channel's prefix alone
 //	min:"0" max:"100"         bounds of a number or a duration; without them 1 to a million, more than 0 to a year
 //
-// A struct whose method Validate returns an error, which begins with a variable's name, is wrong as a whole.
+// A struct may have a method Validate() []error, for what tags cannot say; each error begins with a variable's name.
 
 // Lookuper returns the value of a variable and whether it is set: os.LookupEnv, or a map in tests.
 type Lookuper func(name string) (string, bool)
@@ -225,8 +225,8 @@ func (d *decoder) outOfRange(bad map[string]bool) (problems []error) {
 func (d *decoder) invalid() (problems []error) {
 	var visit func(reflect.Value)
 	visit = func(s reflect.Value) {
-		if v, ok := s.Interface().(interface{ Validate() error }); ok {
-			if err := v.Validate(); err != nil {
+		if v, ok := s.Interface().(interface{ Validate() []error }); ok {
+			for _, err := range v.Validate() {
 				name, text, _ := strings.Cut(err.Error(), ": ")
 				if used := d.names[name]; used != "" {
 					err = fmt.Errorf("%s: %s", used, text)

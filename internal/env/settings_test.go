@@ -1,6 +1,7 @@
 package env
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -31,16 +32,12 @@ type secret struct {
 	Secret string `env:"WEBHOOK_SECRET" file:"true"`
 }
 
-func (s secret) Validate() error {
+func (s secret) Validate() []error {
 	if strings.Contains(s.Secret, "malformed") {
-		return errMalformed{}
+		return []error{errors.New("WEBHOOK_SECRET: must be whsec_...")}
 	}
 	return nil
 }
-
-type errMalformed struct{}
-
-func (errMalformed) Error() string { return "WEBHOOK_SECRET: must be whsec_..." }
 
 func TestSettingsOfAChannel(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "secret")

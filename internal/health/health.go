@@ -19,9 +19,9 @@ type Settings struct {
 }
 
 // Validate returns why the address cannot be served.
-func (s Settings) Validate() error {
+func (s Settings) Validate() []error {
 	if _, port, err := net.SplitHostPort(s.Addr); s.Addr != "" && (err != nil || port == "") {
-		return fmt.Errorf("HTTP_ADDR: %q is not an address to serve; write :8080 or 127.0.0.1:8080", s.Addr)
+		return []error{fmt.Errorf("HTTP_ADDR: %q is not an address to serve; write :8080 or 127.0.0.1:8080", s.Addr)}
 	}
 	return nil
 }

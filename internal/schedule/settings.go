@@ -13,12 +13,9 @@ type Settings struct {
 }
 
 // Validate returns why the schedule cannot be read.
-func (s Settings) Validate() error {
-	if s.Text == "" {
-		return nil
-	}
-	if _, err := Parse(s.Text, zone()); err != nil {
-		return fmt.Errorf("SCHEDULE: %w", err)
+func (s Settings) Validate() []error {
+	if _, err := Parse(s.Text, zone()); s.Text != "" && err != nil {
+		return []error{fmt.Errorf("SCHEDULE: %w", err)}
 	}
 	return nil
 }

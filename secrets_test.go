@@ -1,0 +1,169 @@
+// feature: outbox execcmd webhook health
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pglistener/pglistener/internal/cli"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
+)
+
+// TestNoSecretIsShown plants secrets in fourteen places and looks for them in all that the program prints, serves and
+// writes to the outbox, while all goes well and while it does not.
+func TestNoSecretIsShown(t *testing.T) {
+	t.Parallel()
+	const planted = "hunter2"
+	tab, name, dir := outboxTable(t, testkit.DB(t)), testkit.ChannelName(t), t.TempDir()
+	fails := testkit.NewReceiver(t, func(w http.ResponseWriter, _ *http.Request) {
+		http.Error(w, "an answer with "+planted, http.StatusBadRequest)
+	})
+	script := filepath.Join(dir, "script")
+	// A program that shows what it inherits of ours, and fails.
+	if err := os.WriteFile(script, []byte("#!/bin/sh\nenv | grep -v -e DATABASE_URL -e PGLISTENER_\nexit 1\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	secret := func(i int) string {
+		return "whsec_" + base64.StdEncoding.EncodeToString(fmt.Appendf(nil, "%s-%024d", planted, i))
+	}
+	secretFile := filepath.Join(dir, "secret")
+	if err := os.WriteFile(secretFile, []byte(secret(2)+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	url := strings.Replace(fails.URL, "http://", "http://user-"+planted+":"+planted+"@", 1) + "/" + planted + "?token=" + planted
+	prefix := strings.ToUpper(name)
+	addr := testkit.FreshAddress(t)
+	v := probing(strings.Replace(testkit.DSN(t), "@", ":"+planted+"@", 1), fmt.Sprintf("%[1]s_hook,%[1]s_run=exec:%[2]s --password %[3]s,%[1]s_rows", name, script, planted), sending(tab, vars{
+		prefix + "_HOOK_HANDLER": url, prefix + "_ROWS_HANDLER": "outbox:" + url, "WEBHOOK_SECRET": secret(1), prefix + "_HOOK_WEBHOOK_SECRET_FILE": secretFile,
+		"HTTP_ADDR": addr, "LOG_PAYLOADS": "false", "HANDLER_ATTEMPTS": "2", "OUTBOX_ATTEMPTS": "1", "LOG_LEVEL": "debug",
+	}))
+	encoded := base64.StdEncoding.EncodeToString([]byte(planted))
+	clean := func(where, text string) {
+		t.Helper()
+		for _, s := range []string{planted, encoded[:8], "whsec_"} {
+			for line := range strings.Lines(text) {
+				if strings.Contains(line, s) && !strings.Contains(line, "whsec_$(") { // how to make one
+					t.Errorf("%s shows a secret: %s", where, line)
+				}
+			}
+		}
+	}
+	clean("-check", runCheck(t, v, cli.OK))
+	p := runProgram(t, v)
+	p.Wait(t, "delivery proven", 1)
+	testkit.Send(t, name+"_hook", "a payload with "+planted)
+	testkit.Send(t, name+"_run", "a payload with "+planted)
+	insert(t, testkit.DB(t), tab, name+"_rows", "a payload with "+planted)
+	p.Wait(t, "gave up", 3)
+	for _, path := range []string{"/livez", "/readyz", "/metrics", "/"} {
+		_, body := get(t, "http://"+addr+path)
+		clean(path, body)
+	}
+	for _, pid := range testkit.Backends(t, testkit.DB(t), "pglistener") {
+		_ = pid // others' too: they reconnect
+	}
+	p.signal(t, syscall.SIGTERM)
+	p.exit(t, cli.OK, stopBound)
+	clean("the log", p.String())
+	var text string
+	if err := testkit.DB(t).QueryRow(`select last_error from "` + tab + `"`).Scan(&text); err != nil {
+		t.Fatal(err)
+	}
+	clean("last_error", text)
+
+	// What is typed wrong is not repeated either.
+	for _, args := range [][]string{{"postgres://u:hunter2@h/db"}, {"-check", "hunter2"}, {"-check=hunter2"}, {"--database-url=hunter2"}} {
+		var out bytes.Buffer
+		if code := run(t.Context(), args, cli.Env{Lookup: vars{}.lookup, Stdout: &out, Stderr: &out}); code != cli.Usage {
+			t.Errorf("%v: exit code %d", args, code)
+		}
+		clean(fmt.Sprint(args), out.String())
+	}
+	for i, bad := range []vars{
+		{"CHANNELS": "a=https://h/x?a=1,2&token=hunter2"}, {"CHANNELS": "a=exec:./p --pw x,hunter2 y"}, {"CHANNELS": "a=htps://u:hunter2@h"},
+		{"CHANNELS": "a", "WEBHOOK_SECRET": "hunter2"}, {"CHANNELS": "a", "A_HANDLER": "https://u:hunter2%zz@h/"}, {"CHANNELS": "a", "DATABASE_URL": "postgres://u:hunter2%zz@h/d"},
+	} {
+		if bad["DATABASE_URL"] == "" {
+			bad["DATABASE_URL"] = "postgres://localhost/x"
+		}
+		clean(fmt.Sprint("mistake ", i), problemsOf(t, bad))
+	}
+}
+
+// SIGHUP stops as SIGTERM does, unless it was ignored at the start, as nohup has it.
+func TestSIGHUP(t *testing.T) {
+	t.Parallel()
+	p := runProgram(t, fast(testkit.DSN(t), testkit.ChannelName(t)))
+	p.Wait(t, "listening", 1)
+	p.signal(t, syscall.SIGHUP)
+	p.exit(t, cli.OK, stopBound)
+	p.Wait(t, "stopped", 1)
+
+	q := &process{Logs: testkit.NewLogs(t), cmd: exec.Command("nohup", program(t)), exited: make(chan error, 1)}
+	q.cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	for name, value := range fast(testkit.DSN(t), testkit.ChannelName(t)) {
+		q.cmd.Env = append(q.cmd.Env, name+"="+value)
+	}
+	q.start(t)
+	q.Wait(t, "listening", 1)
+	q.signal(t, syscall.SIGHUP)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	select { // that nothing happens is the point
+	case <-q.exited:
+		t.Error("SIGHUP ends what nohup has started")
+	case <-ctx.Done():
+	}
+	q.signal(t, syscall.SIGTERM)
+	q.exit(t, cli.OK, stopBound)
+}
+
+// The end of whoever reads the log is no end of the work.
+func TestReaderOfTheLogEnds(t *testing.T) {
+	t.Parallel()
+	channel := testkit.ChannelName(t)
+	out := filepath.Join(t.TempDir(), "journal")
+	read, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(program(t))
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	for name, value := range fast(testkit.DSN(t), channel+"=append:"+out) {
+		cmd.Env = append(cmd.Env, name+"="+value)
+	}
+	cmd.Stderr = write
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	write.Close()
+	read.Close() // as head(1) does
+	exited := make(chan error, 1)
+	go func() { exited <- cmd.Wait() }()
+	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	testkit.Eventually(t, "nothing is handled", func() bool {
+		testkit.Send(t, channel, "x")
+		data, _ := os.ReadFile(out)
+		return len(data) > 0
+	})
+	_ = cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-exited:
+	case <-time.After(testkit.Patience):
+		t.Fatal("it does not stop")
+	}
+	if code := cmd.ProcessState.ExitCode(); code != cli.OK {
+		t.Errorf("ended with %v", cmd.ProcessState)
+	}
+}
