@@ -47,51 +47,36 @@ type Setup struct {
 func loadConfig(lookup env.Lookuper, handlers map[string]newHandler, modes map[string]wrap) (*Config, []error) {
 	c := &Config{lookup: lookup}
 	problems := env.Decode(c, lookup)
-	report := func(name, format string, args ...any) {
-		problems = append(problems, fmt.Errorf(name+": "+format, args...))
-	}
 	complained := func(name string) bool {
 		return slices.ContainsFunc(problems, func(err error) bool { return strings.HasPrefix(err.Error(), name) })
 	}
-
 	if name, err := env.CheckDSN(c.DatabaseURL, lookup); err != nil && !complained("DATABASE_URL") {
-		report(name, "%w", err)
+		problems = append(problems, fmt.Errorf("%s: %w", name, err))
 	}
 	routes, wrong := env.ParseChannels(c.Channels, lookup, env.Known{Handlers: sortedKeys(handlers), Modes: sortedKeys(modes)})
 	c.routes, problems = routes, append(problems, wrong...)
-	c.perChannel, c.set = map[string]ChannelSettings{}, map[string][]string{}
-	var set []string
-	for _, r := range routes {
-		s := c.Channel
-		names, wrong := env.DecodeFor(&s, lookup, r.Channel)
-		c.perChannel[r.Channel], c.set[r.Channel] = s, names
-		set, problems = append(set, names...), append(problems, wrong...)
-		if r.Variable != "CHANNELS" {
-			set = append(set, r.Variable)
-		}
-	}
-	problems = append(problems, env.Collisions(routes, set)...)
+	c.perChannel, c.set, wrong = env.DecodeChannels(c.Channel, routes, lookup)
+	problems = append(problems, wrong...)
 	if l := c.Listener; l.ReconnectMin > l.ReconnectMax && !complained("RECONNECT_") {
-		report("RECONNECT_MIN", "%v is more than RECONNECT_MAX, which is %v", l.ReconnectMin, l.ReconnectMax)
+		problems = append(problems, fmt.Errorf("RECONNECT_MIN: %v is more than RECONNECT_MAX, which is %v", l.ReconnectMin, l.ReconnectMax))
 	}
 	return c, problems
 }
 
-// warnings are about what is allowed and hardly ever meant.
-func (c *Config) warnings() (all []string) {
+// warnings are about what is allowed and hardly ever meant, and about variables of environ that nobody reads.
+func (c *Config) warnings(environ []string) (all []string) {
+	stop := c.Listener.ShutdownTimeout
 	for _, r := range c.routes {
 		if w := r.Warning(); w != "" {
 			all = append(all, w)
 		}
-	}
-	// The defaults are so on purpose: most handlers are quick, and what stops a service waits for half a minute.
-	stop := c.Listener.ShutdownTimeout
-	for _, r := range c.routes {
+		// The defaults are so on purpose: most handlers are quick, and what stops a service waits for half a minute.
 		if s := c.setup(r, slog.Default()); s.Settings.Timeout > stop && (s.IsSet("HANDLER_TIMEOUT") || c.isSet("SHUTDOWN_TIMEOUT")) {
-			all = append(all, fmt.Sprintf("HANDLER_TIMEOUT of channel %q is %v, longer than SHUTDOWN_TIMEOUT, which is %v: a stop cuts handlers short that take longer", r.Channel, s.Settings.Timeout, stop))
+			all = append(all, fmt.Sprintf("HANDLER_TIMEOUT of channel %q is %v, longer than SHUTDOWN_TIMEOUT, which is %v: a stop cuts handlers short that take longer",
+				r.Channel, s.Settings.Timeout, stop))
 		}
 	}
-	return all
+	return append(all, env.Unknown(environ, c, &ChannelSettings{}, c.routes)...)
 }
 
 // inForce are the variables that are set for a channel alone, for -check.
@@ -120,19 +105,6 @@ func (c *Config) setup(r env.Route, log *slog.Logger) Setup {
 		DSN:      c.dsn(),
 		Timeout:  c.Listener.PingTimeout,
 	}
-}
-
-// unknown are warnings about variables that nobody reads, among those of the process.
-func (c *Config) unknown(environ []string) []string {
-	names := func(target any) (all []string) {
-		for _, v := range env.Variables(target) {
-			if all = append(all, v.Name); v.File {
-				all = append(all, v.Name+"_FILE")
-			}
-		}
-		return all
-	}
-	return env.Unknown(environ, names(c), append(names(&ChannelSettings{}), "HANDLER"), c.routes)
 }
 
 // makeChannels makes the handlers of all routes, and what the Listener needs to know of them. It returns an error for

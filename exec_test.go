@@ -148,12 +148,3 @@ func anonymous(text string) []string {
 	slices.Sort(out)
 	return out
 }
-
-func TestCheckRunsNoHandler(t *testing.T) {
-	t.Parallel()
-	mark := filepath.Join(t.TempDir(), "mark")
-	runCheck(t, fast(testkit.DSN(t), testkit.ChannelName(t)+"=doorbell:exec:touch "+mark), cli.OK)
-	if _, err := os.Stat(mark); err == nil {
-		t.Error("the doorbell ran")
-	}
-}

@@ -2,25 +2,25 @@ package main
 
 import (
 	"context"
-	"errors" // feature: schedule
+	"errors"
 	"log/slog"
-	"os"   // feature: check
-	"time" // feature: check
+	"os"
+	"time"
 
 	"github.com/pglistener/pglistener/internal/call"
-	"github.com/pglistener/pglistener/internal/check" // feature: check
+	"github.com/pglistener/pglistener/internal/check"
 	"github.com/pglistener/pglistener/internal/cli"
 	"github.com/pglistener/pglistener/internal/env"
-	"github.com/pglistener/pglistener/internal/execcmd" // feature: execcmd
-	"github.com/pglistener/pglistener/internal/health"  // feature: health
+	"github.com/pglistener/pglistener/internal/execcmd"
+	"github.com/pglistener/pglistener/internal/health"
 	"github.com/pglistener/pglistener/internal/notify"
-	"github.com/pglistener/pglistener/internal/outbox" // feature: outbox
-	"github.com/pglistener/pglistener/internal/proc"   // feature: execcmd
+	"github.com/pglistener/pglistener/internal/outbox"
+	"github.com/pglistener/pglistener/internal/proc"
 	"github.com/pglistener/pglistener/internal/queue"
-	"github.com/pglistener/pglistener/internal/retry"    // feature: check
-	"github.com/pglistener/pglistener/internal/schedule" // feature: schedule
-	"github.com/pglistener/pglistener/internal/sdnotify" // feature: sdnotify
-	"github.com/pglistener/pglistener/internal/webhook"  // feature: webhook
+	"github.com/pglistener/pglistener/internal/retry"
+	"github.com/pglistener/pglistener/internal/schedule"
+	"github.com/pglistener/pglistener/internal/sdnotify"
+	"github.com/pglistener/pglistener/internal/webhook"
 )
 
 // The features are what can be left out, each a folder of internal. This file connects them. make new WITHOUT="..."
@@ -162,7 +162,7 @@ func checkAll(ctx context.Context, e cli.Env) int {
 	for _, r := range cfg.routes {
 		in.Lines = append(in.Lines, "handler: "+r.Channel+": "+r.Shown()+cfg.inForce(r.Channel))
 	}
-	for _, w := range append(cfg.warnings(), cfg.unknown(os.Environ())...) {
+	for _, w := range cfg.warnings(os.Environ()) {
 		in.Lines = append(in.Lines, "warning: "+w)
 	}
 	in.Listen = func(ctx context.Context) (time.Duration, bool, error) {

@@ -211,10 +211,7 @@ func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 // dispatchAll dispatches n and what is there behind it, without going through the whole select for each.
 func (l *Listener) dispatchAll(n *pq.Notification) {
 	l.dispatch(n)
-	for range len(l.pq.Notify) {
-		if l.held != nil {
-			return
-		}
+	for i := len(l.pq.Notify); i > 0 && l.held == nil; i-- {
 		l.dispatch(<-l.pq.Notify)
 	}
 }

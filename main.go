@@ -61,7 +61,7 @@ func listen(ctx context.Context, e cli.Env) int {
 	if len(p.problems) > 0 {
 		return cli.Usage
 	}
-	for _, w := range append(p.cfg.warnings(), p.cfg.unknown(os.Environ())...) {
+	for _, w := range p.cfg.warnings(os.Environ()) {
 		p.log.Warn(w)
 	}
 	p.log.Info("starting", "version", version(), "pid", os.Getpid())

@@ -131,28 +131,6 @@ func TestIdleOutboxCostsNoQueries(t *testing.T) {
 	}
 }
 
-func TestOutboxLeastPrivileges(t *testing.T) {
-	t.Parallel()
-	tab := outboxTable(t, testkit.DB(t))
-	channel, s := testkit.ChannelName(t), &seen{}
-	role := "r" + strconv.FormatInt(time.Now().UnixNano(), 36)
-	testkit.Exec(t, testkit.DB(t), "create role "+role+" login password 'x'")
-	t.Cleanup(func() { _, _ = testkit.DB(t).Exec("drop owned by " + role + "; drop role " + role) })
-	dsn := testkit.WithUser(testkit.DSN(t), role, "x")
-	out := runCheck(t, fast(dsn, channel+"=outbox:log", sending(tab)), cli.Failed)
-	if !strings.Contains(out, "grant select, insert, update, delete on") {
-		t.Errorf("no help: %s", out)
-	}
-	testkit.Exec(t, testkit.DB(t), `grant select, update, delete on "`+tab+`" to `+role)
-	out = runCheck(t, fast(dsn, channel+"=outbox:log", sending(tab)), cli.OK)
-	if !strings.Contains(out, "table "+tab+" fits") {
-		t.Errorf("%s", out)
-	}
-	start(t, fast(dsn, channel+"=outbox:seen", sending(tab)), with("seen", s)).listening(t)
-	insert(t, testkit.DB(t), tab, channel, "x")
-	emptied(t, testkit.DB(t), tab)
-}
-
 func TestOutboxBehindTransactionPooler(t *testing.T) {
 	t.Parallel()
 	tab, channel, s := outboxTable(t, testkit.DB(t)), testkit.ChannelName(t), &seen{}

@@ -1,4 +1,4 @@
-// feature: outbox execcmd webhook health
+// feature: check outbox execcmd webhook health
 
 package main
 

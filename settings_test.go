@@ -1,4 +1,4 @@
-// feature: outbox schedule execcmd
+// feature: check outbox schedule execcmd
 
 package main
 
@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -160,4 +161,35 @@ func TestSchedulesThatCannotWork(t *testing.T) {
 			t.Errorf("%q, want one line with %q", out, want)
 		}
 	}
+}
+
+func TestCheckRunsNoHandler(t *testing.T) {
+	t.Parallel()
+	mark := filepath.Join(t.TempDir(), "mark")
+	runCheck(t, fast(testkit.DSN(t), testkit.ChannelName(t)+"=doorbell:exec:touch "+mark), cli.OK)
+	if _, err := os.Stat(mark); err == nil {
+		t.Error("the doorbell ran")
+	}
+}
+
+func TestOutboxLeastPrivileges(t *testing.T) {
+	t.Parallel()
+	tab := outboxTable(t, testkit.DB(t))
+	channel, s := testkit.ChannelName(t), &seen{}
+	role := "r" + strconv.FormatInt(time.Now().UnixNano(), 36)
+	testkit.Exec(t, testkit.DB(t), "create role "+role+" login password 'x'")
+	t.Cleanup(func() { _, _ = testkit.DB(t).Exec("drop owned by " + role + "; drop role " + role) })
+	dsn := testkit.WithUser(testkit.DSN(t), role, "x")
+	out := runCheck(t, fast(dsn, channel+"=outbox:log", sending(tab)), cli.Failed)
+	if !strings.Contains(out, "grant select, insert, update, delete on") {
+		t.Errorf("no help: %s", out)
+	}
+	testkit.Exec(t, testkit.DB(t), `grant select, update, delete on "`+tab+`" to `+role)
+	out = runCheck(t, fast(dsn, channel+"=outbox:log", sending(tab)), cli.OK)
+	if !strings.Contains(out, "table "+tab+" fits") {
+		t.Errorf("%s", out)
+	}
+	start(t, fast(dsn, channel+"=outbox:seen", sending(tab)), with("seen", s)).listening(t)
+	insert(t, testkit.DB(t), tab, channel, "x")
+	emptied(t, testkit.DB(t), tab)
 }

@@ -19,12 +19,8 @@ func (s Settings) grace() time.Duration { return min(2*time.Second, s.ShutdownTi
 
 // beginShutdown begins the first phase, and returns when the second begins and when it is to be over.
 func (l *Listener) beginShutdown() (late, tooLate <-chan time.Time) {
-	waiting := 0
-	for _, q := range l.queues {
-		waiting += q.Waiting()
-	}
 	timeout := l.settings.ShutdownTimeout
-	l.log.Info("shutting down", "timeout", timeout, "waiting", waiting)
+	l.log.Info("shutting down", "timeout", timeout)
 	l.status.Stopping = true
 	l.publish()
 	l.OnBeat(true, true, l.Ready())

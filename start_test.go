@@ -1,16 +1,11 @@
 package main
 
 import (
-	"context"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/pglistener/pglistener/internal/cli"
-	"github.com/pglistener/pglistener/internal/pgtest"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
@@ -93,67 +88,4 @@ func TestStartTimeoutIsOverOnceListening(t *testing.T) {
 	time.Sleep(1200 * time.Millisecond) // that nothing happens is the point
 	testkit.Send(t, channel, "after")
 	r.expect(t, "after")
-}
-
-// runCheck runs pglistener -check and returns what it printed; it must end in time.
-func runCheck(t *testing.T, v vars, code int) string {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, program(t), "-check")
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
-	for name, value := range v {
-		cmd.Env = append(cmd.Env, name+"="+value)
-	}
-	began := time.Now()
-	out, _ := cmd.CombinedOutput()
-	if took, bound := time.Since(began), 3*testTimeout+500*time.Millisecond; took > bound {
-		t.Errorf("-check took %v, more than %v", took, bound)
-	}
-	if got := cmd.ProcessState.ExitCode(); got != code {
-		t.Errorf("exit code %d, want %d: %s", got, code, out)
-	}
-	return string(out)
-}
-
-func TestCheck(t *testing.T) {
-	t.Parallel()
-	channel := testkit.ChannelName(t)
-	journal := filepath.Join(t.TempDir(), "journal")
-	out := runCheck(t, fast(testkit.DSN(t), channel+"=doorbell:append:"+journal), cli.OK)
-	for _, want := range []string{"ok    handler    " + channel + ": doorbell append:" + journal, "ok    connect    PostgreSQL ", "ok    server     a primary",
-		"ok    listen     " + channel, "ok    probe      there and back in "} {
-		if !strings.Contains(out, want) {
-			t.Errorf("no %q in\n%s", want, out)
-		}
-	}
-	if n := len(strings.Split(strings.TrimSpace(out), "\n")); n != 6 {
-		t.Errorf("%d lines, want 6, of which one is a warning", n)
-	}
-}
-
-func TestCheckFails(t *testing.T) {
-	t.Parallel()
-	silent, proxy := testkit.Proxied(t, testkit.DSN(t))
-	proxy.Mute(true)
-	s := testkit.OwnServer(t)
-	standby := testkit.StandbyOf(t, s)
-	for name, c := range map[string]struct {
-		vars vars
-		want string
-	}{
-		"program":  {fast(testkit.DSN(t), "a=exec:/does/not/exist"), `FAIL  config     CHANNELS: channel "a": program "/does/not/exist" does not exist`}, // feature: execcmd
-		"silent":   {fast(silent, "a"), "FAIL  connect "},
-		"refused":  {fast(pgtest.DSN(testkit.FreshAddress(t)), "a"), "check host and port"},
-		"standby":  {fast(standby.DSN(), "a"), "FAIL  server     a standby"},
-		"pooler":   {fast(testkit.Bouncer(t, s, "transaction"), "a"), "FAIL  probe      notifications do not arrive"},
-		"database": {fast(strings.Replace(s.DSN(), "/postgres?", "/nowhere?", 1), "a"), "check the database name"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			if out := runCheck(t, c.vars, cli.Failed); !strings.Contains(out, c.want) {
-				t.Errorf("no %q in\n%s", c.want, out)
-			}
-		})
-	}
 }

@@ -51,6 +51,22 @@ func DecodeFor(target any, lookup Lookuper, channel string) (set []string, probl
 	return d.set, problems
 }
 
+// DecodeChannels decodes a copy of base for each channel. It returns them, and the prefixed names that are set, by
+// channel.
+func DecodeChannels[T any](base T, routes []Route, lookup Lookuper) (all map[string]T, set map[string][]string, problems []error) {
+	all, set = map[string]T{}, map[string][]string{}
+	var every []string
+	for _, r := range routes {
+		s := base
+		names, wrong := DecodeFor(&s, lookup, r.Channel)
+		all[r.Channel], set[r.Channel], problems = s, names, append(problems, wrong...)
+		if every = append(every, names...); r.Variable != "CHANNELS" {
+			every = append(every, r.Variable)
+		}
+	}
+	return all, set, append(problems, Collisions(routes, every)...)
+}
+
 // Prefix is what stands before the name of a variable that is for one channel alone: the channel in upper case, with
 // an underscore for all that is neither letter nor digit.
 func Prefix(channel string) string {

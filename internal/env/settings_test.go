@@ -246,8 +246,14 @@ func FuzzWords(f *testing.F) {
 }
 
 func TestMisspeltVariables(t *testing.T) {
-	global := []string{"DATABASE_URL", "DATABASE_URL_FILE", "CHANNELS", "CONCURRENCY", "HANDLER_TIMEOUT", "PING_INTERVAL", "HTTP_ADDR", "WEBHOOK_SECRET", "WEBHOOK_SECRET_FILE", "OUTBOX_TABLE"}
-	perChannel := []string{"CONCURRENCY", "HANDLER_TIMEOUT", "WEBHOOK_SECRET", "HANDLER"}
+	var global struct {
+		Settings settings
+		URL      string `env:"DATABASE_URL" file:"true"`
+		List     string `env:"CHANNELS"`
+		Ping     string `env:"PING_INTERVAL"`
+		Addr     string `env:"HTTP_ADDR"`
+		Table    string `env:"OUTBOX_TABLE"`
+	}
 	routes := []Route{{Channel: "orders"}, {Channel: "user-events"}}
 	for name, want := range map[string]string{
 		"CONCURENCY": "CONCURRENCY", "CHANNEL": "CHANNELS", "PING_INTERVALL": "PING_INTERVAL", "HANDLER_TIMOUT": "HANDLER_TIMEOUT",
@@ -256,7 +262,7 @@ func TestMisspeltVariables(t *testing.T) {
 		"PATH": "", "HOME": "", "LANG": "", "PGHOST": "", "DATABASE_URL": "", "ORDERS_HANDLER": "", "BILLING_HANDLER_TIMEOUT": "", "SHLVL": "", "XDG_RUNTIME_DIR": "",
 		"HOSTNAME": "", "TERM": "", "JOURNAL_STREAM": "", "INVOCATION_ID": "", "KUBERNETES_PORT": "", "HTTP_PROXY": "",
 	} {
-		warnings := Unknown([]string{name + "=hunter2"}, global, perChannel, routes)
+		warnings := Unknown([]string{name + "=hunter2"}, &global, &settings{}, routes)
 		switch {
 		case want == "" && len(warnings) > 0, want != "" && (len(warnings) != 1 || !strings.Contains(warnings[0], want) || !strings.HasPrefix(warnings[0], name+": ")):
 			t.Errorf("%s: %v, want %q", name, warnings, want)

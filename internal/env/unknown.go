@@ -23,10 +23,10 @@ func Collisions(routes []Route, set []string) (problems []error) {
 	return problems
 }
 
-// Unknown returns a warning for each variable of environ that nobody reads and that resembles one that somebody does.
-// global are the names of all variables, perChannel of those that may have a channel's prefix. No value is shown.
-func Unknown(environ []string, global, perChannel []string, routes []Route) (warnings []string) {
-	known := slices.Clone(global)
+// Unknown returns a warning for each variable of environ that nobody reads and that resembles one that somebody does:
+// those of target, and those of channel, which may have a channel's prefix. No value is shown.
+func Unknown(environ []string, target, channel any, routes []Route) (warnings []string) {
+	known, perChannel := names(target), append(names(channel), "HANDLER")
 	var prefixes []string
 	for _, r := range routes {
 		p := Prefix(r.Channel)
@@ -59,6 +59,15 @@ func Unknown(environ []string, global, perChannel []string, routes []Route) (war
 		}
 	}
 	return warnings
+}
+
+func names(target any) (all []string) {
+	for _, v := range Variables(target) {
+		if all = append(all, v.Name); v.File {
+			all = append(all, v.Name+"_FILE")
+		}
+	}
+	return all
 }
 
 // nearest is the one of words that s is most likely to be a misspelling of, or "".

@@ -170,13 +170,6 @@ func (q *Queue) ring() {
 	q.start()
 }
 
-// Waiting returns how many notifications wait.
-func (q *Queue) Waiting() int {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return q.waiting.len()
-}
-
 // Drained returns a channel that is closed once nothing waits and nothing runs. Call it once, when no more is
 // offered.
 func (q *Queue) Drained() <-chan struct{} {

@@ -16,11 +16,15 @@ package main
 import (
 	"errors"
 	"fmt"
+	"go/ast"
 	"go/format"
+	"go/parser"
+	"go/token"
 	"io/fs"
 	"maps"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -79,12 +83,12 @@ func copyProject(from, to, name string, without []string) error {
 	if err != nil {
 		return fmt.Errorf("git ls-files: %w", err)
 	}
-	for path := range strings.Lines(string(files)) {
-		path = strings.TrimSuffix(path, "\n")
-		if slices.ContainsFunc(gone, func(g string) bool { return path == g || strings.HasPrefix(path, g+"/") }) {
+	for file := range strings.Lines(string(files)) {
+		file = strings.TrimSuffix(file, "\n")
+		if slices.ContainsFunc(gone, func(g string) bool { return file == g || strings.HasPrefix(file, g+"/") }) {
 			continue
 		}
-		if err := copyFile(filepath.Join(from, path), filepath.Join(to, path), name, without); err != nil {
+		if err := copyFile(filepath.Join(from, file), filepath.Join(to, file), name, without); err != nil {
 			return err
 		}
 	}
@@ -105,7 +109,7 @@ func copyFile(from, to, name string, without []string) error {
 	}
 	text = strings.ReplaceAll(text, module, name)
 	if strings.HasSuffix(from, ".go") && len(without) > 0 {
-		formatted, err := format.Source([]byte(text)) // comments are aligned with lines that have gone
+		formatted, err := tidy(text)
 		if err != nil {
 			return fmt.Errorf("%s: %w", from, err)
 		}
@@ -119,6 +123,36 @@ func copyFile(from, to, name string, without []string) error {
 		return err
 	}
 	return os.WriteFile(to, []byte(text), info.Mode().Perm())
+}
+
+// tidy drops the imports of what has gone, and formats: comments are aligned with lines that have gone.
+func tidy(text string) ([]byte, error) {
+	set := token.NewFileSet()
+	file, err := parser.ParseFile(set, "", text, parser.ParseComments)
+	if err != nil {
+		return nil, err
+	}
+	used := map[string]bool{}
+	ast.Inspect(file, func(n ast.Node) bool {
+		if s, ok := n.(*ast.SelectorExpr); ok {
+			if x, ok := s.X.(*ast.Ident); ok {
+				used[x.Name] = true
+			}
+		}
+		return true
+	})
+	lines := strings.SplitAfter(text, "\n")
+	for _, i := range file.Imports {
+		full := regexp.MustCompile(`/v[0-9]+$`).ReplaceAllString(strings.Trim(i.Path.Value, `"`), "")
+		name := strings.TrimPrefix(path.Base(full), "go-")
+		if i.Name != nil {
+			name = i.Name.Name
+		}
+		if name != "_" && !used[name] {
+			lines[set.Position(i.Pos()).Line-1] = ""
+		}
+	}
+	return format.Source([]byte(strings.Join(lines, "")))
 }
 
 var (
