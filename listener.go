@@ -420,7 +420,7 @@ func (l *Listener) verify(ctx context.Context, db *sql.DB) {
 func (l *Listener) onProbeSent(r probeSent) {
 	if r.err != nil {
 		if attempt, shouldLog := l.probeErrors.Count(pgconn.Kind(r.err)); shouldLog {
-			l.log.Warn("probe could not be sent; delivery is not proven", "attempt", attempt, "error", r.err, "hint", pgconn.Advice(r.err))
+			l.log.Warn("probe could not be sent; delivery is not proven", "attempt", attempt, "error", pgconn.Explain(r.err))
 		}
 	} else {
 		l.probeErrors.Reset()

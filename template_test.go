@@ -129,6 +129,7 @@ func TestCopiesPassTheirTests(t *testing.T) {
 	}
 	for title, without := range variants() {
 		t.Run(title, func(t *testing.T) {
+			t.Parallel()
 			dir := newCopy(t, without)
 			// A checkout of its own, as a team would make; its tests do not make copies of copies.
 			in(t, dir, "git", "init", "-q")

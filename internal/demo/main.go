@@ -7,6 +7,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -35,6 +36,10 @@ const (
 func main() {
 	if len(os.Args) == 2 && os.Args[1] == "drain" {
 		exit(drain())
+	}
+	if len(os.Args) == 2 && os.Args[1] == "report" {
+		fmt.Println("the report of", cmp.Or(os.Getenv("PGLISTENER_RUN_AT"), "now"))
+		exit(nil)
 	}
 	if len(os.Args) != 2 {
 		exit(errors.New("usage: demo PATH-OF-PGLISTENER"))
@@ -172,12 +177,13 @@ func demo(ctx context.Context, program string) (err error) {
 	if err != nil {
 		return err
 	}
-	say("CHANNELS=orders,jobs=doorbell:exec:drain pglistener   (PING_INTERVAL=%v PING_TIMEOUT=%v)", interval, timeout)
+	say("CHANNELS=orders,jobs=doorbell:exec:drain,report=doorbell:exec:report pglistener   (PING_INTERVAL=%v PING_TIMEOUT=%v)", interval, timeout)
 	cmd := exec.Command(program)
 	cmd.Env = append(os.Environ(),
 		"DATABASE_URL="+pgtest.DSN(proxy.Addr()),
 		"JOBS_URL="+server.DSN(),
-		"CHANNELS=orders,jobs=doorbell:exec:"+self+" drain",
+		"CHANNELS=orders,jobs=doorbell:exec:"+self+" drain,report=doorbell:exec:"+self+" report",
+		"REPORT_SCHEDULE=@every 2s", // feature: schedule
 		"PING_INTERVAL="+interval.String(),
 		"PING_TIMEOUT="+timeout.String(),
 		"LOG_FORMAT=text", "LOG_LEVEL=info",
@@ -213,7 +219,11 @@ func demo(ctx context.Context, program string) (err error) {
 		return err
 	}
 	for round := 1; ; round++ {
-		for _, scene := range []func(context.Context) error{s.normal, s.killed, s.silenced} {
+		for _, scene := range []func(context.Context) error{
+			s.normal,
+			s.scheduled, // feature: schedule
+			s.killed, s.silenced,
+		} {
 			if err := scene(ctx); err != nil {
 				return err
 			}
@@ -237,6 +247,14 @@ func (s *stage) normal(ctx context.Context) error {
 	say("insert into jobs, and NOTIFY jobs: the doorbell's program runs and drains the table")
 	return s.job(true)
 }
+
+// begin: schedule
+func (s *stage) scheduled(context.Context) error {
+	say("no cron: REPORT_SCHEDULE='@every 2s' runs a program by itself; '0 3 * * *' would be at three in the morning")
+	return s.screen.wait("line=\"the report of 2", s.screen.count("line=\"the report of 2"))
+}
+
+// end: schedule
 
 func (s *stage) killed(context.Context) error {
 	say("pg_terminate_backend: the listener's session is killed; it is back at once")
