@@ -79,14 +79,6 @@ func (c *Config) warnings(environ []string) (all []string) {
 	return append(all, env.Unknown(environ, c, &ChannelSettings{}, c.routes)...)
 }
 
-// inForce are the variables that are set for a channel alone, for -check.
-func (c *Config) inForce(channel string) string {
-	if len(c.set[channel]) == 0 {
-		return ""
-	}
-	return ", with " + strings.Join(c.set[channel], ", ")
-}
-
 func (c *Config) isSet(name string) bool {
 	value, _ := c.lookup(name)
 	return value != ""
@@ -107,8 +99,8 @@ func (c *Config) setup(r env.Route, log *slog.Logger) Setup {
 	}
 }
 
-// makeChannels makes the handlers of all routes, and what the Listener needs to know of them. It returns an error for
-// each that cannot be made.
+// makeChannels makes the handlers of all routes, and what the Listener needs to know of them. It returns an error for each
+// that cannot be made.
 func makeChannels(cfg *Config, handlers map[string]newHandler, modes map[string]wrap, log *slog.Logger) (channels []Channel, problems []error) {
 	for _, r := range cfg.routes {
 		s := cfg.setup(r, log)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/pglistener/pglistener/internal/call"
@@ -23,8 +24,8 @@ import (
 	"github.com/pglistener/pglistener/internal/webhook"
 )
 
-// The features are what can be left out, each a folder of internal. This file connects them. make new WITHOUT="..."
-// copies the project without the folders and the lines that name them.
+// The features are what can be left out, each a folder of internal. This file connects them. make new WITHOUT="..." copies
+// the project without the folders and the lines that name them.
 
 // ChannelSettings are the variables of a channel.
 type ChannelSettings struct {
@@ -83,7 +84,7 @@ func modes() map[string]wrap {
 	all["doorbell"] = func(h notify.Handler, s Setup, q *queue.Options) (notify.Handler, error) {
 		q.Doorbell, q.Rung = true, s.Settings.Schedule.Text != ""
 		if q.Rung {
-			q.Times = s.Settings.Schedule.Times()
+			q.Times = s.Settings.Schedule.Clock()
 		}
 		return h, nil
 	}
@@ -160,7 +161,11 @@ func checkAll(ctx context.Context, e cli.Env) int {
 		silent[i] = Channel{Name: c.Name, Queue: c.Queue, Handler: notify.HandlerFunc(func(context.Context, notify.Notification) error { return nil })}
 	}
 	for _, r := range cfg.routes {
-		in.Lines = append(in.Lines, "handler: "+r.Channel+": "+r.Shown()+cfg.inForce(r.Channel))
+		line := "handler: " + r.Channel + ": " + r.Shown()
+		if own := cfg.set[r.Channel]; len(own) > 0 {
+			line += ", with " + strings.Join(own, ", ")
+		}
+		in.Lines = append(in.Lines, line)
 	}
 	for _, w := range cfg.warnings(os.Environ()) {
 		in.Lines = append(in.Lines, "warning: "+w)

@@ -42,13 +42,13 @@ func newLog(_ string, s Setup) (notify.Handler, error) {
 	}), nil
 }
 
-// newAppend makes the handler "append:FILE", which keeps a journal: one line of JSON for each notification. It is
-// also the example to copy.
+// newAppend makes the handler "append:FILE", which keeps a journal: one line of JSON for each notification. It is also the
+// example to copy.
 //
 // It is called once here, at the start, where a wrong arg is best found. The function that it returns runs for each
-// notification, one at a time and in order unless CONCURRENCY is more than 1. It is called again, with the same id,
-// after an error (a full disk, say), and from the outbox also after a kill in the middle of a line. Whoever reads the
-// journal therefore takes the id for the key, and skips a line that is not JSON: it comes again.
+// notification, one at a time and in order unless CONCURRENCY is more than 1. It is called again, with the same id, after
+// an error (a full disk, say), and from the outbox also after a kill in the middle of a line. Whoever reads the journal
+// therefore takes the id for the key, and skips a line that is not JSON: it comes again.
 func newAppend(arg string, _ Setup) (notify.Handler, error) {
 	if arg == "" {
 		return nil, errors.New("append needs a file: append:FILE")

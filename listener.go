@@ -39,8 +39,8 @@ type Channel struct {
 }
 
 // Listener hears NOTIFY on a set of channels and puts each notification into the queue of its channel. It wraps
-// pq.Listener, which reconnects and re-LISTENs, and adds what that one lacks: a bound on every wait, pings that
-// notice silence, probes that prove delivery, and an account of what may have been lost.
+// pq.Listener, which reconnects and re-LISTENs, and adds what that one lacks: a bound on every wait, pings that notice
+// silence, probes that prove delivery, and an account of what may have been lost.
 type Listener struct {
 	// What never changes once Run has begun.
 	Beat     time.Duration                                  // how often to call OnBeat
@@ -81,8 +81,8 @@ type Listener struct {
 	lastQueue   *queue.Queue // of the previous notification: most often also of the next
 }
 
-// event is one call of lib/pq's event callback. heard is when the last byte had come: soon the next connection will
-// bring more.
+// event is one call of lib/pq's event callback. heard is when the last byte had come: soon the next connection will bring
+// more.
 type event struct {
 	kind      pq.ListenerEventType
 	err       error
@@ -95,32 +95,22 @@ type probeSent struct {
 	usage float64 // pg_notification_queue_usage(), 0 to 1
 }
 
-// pqPace is the pause that lib/pq makes between attempts. It sleeps through it even when closed, and has no jitter
-// (facts 5 and 11), so the pauses that matter are made by the dialer.
+// pqPace is the pause that lib/pq makes between attempts. It sleeps through it even when closed, and has no jitter (facts
+// 5 and 11), so the pauses that matter are made by the dialer.
 const pqPace = time.Millisecond
 
 // NewListener makes a Listener. Call Run once to start it.
 func NewListener(dsn string, s Settings, channels []Channel, log *slog.Logger) *Listener {
 	quit, cancel := context.WithCancelCause(context.Background())
 	l := &Listener{
-		Beat:       time.Second,
-		OnBeat:     func(bool, bool, error) {},
-		dsn:        dsn,
-		settings:   s,
-		log:        log,
-		channels:   channels,
-		queues:     map[string]*queue.Queue{},
-		dialer:     pgconn.NewDialer(s.PingTimeout, s.PingInterval+s.PingTimeout, retry.Backoff{Min: s.ReconnectMin, Max: s.ReconnectMax}),
-		quitCtx:    quit,
-		quit:       cancel,
-		events:     make(chan event),
-		registered: make(chan error),
-		pong:       make(chan error, 1),
-		sent:       make(chan probeSent, 1),
-		done:       make(chan struct{}),
-		account:    pgconn.NewAccount(log),
-		probe:      probe.New(s.ProbeInterval, s.PingTimeout),
-		usage:      probe.Usage{Bounds: [2]float64{0.25, 0.5}},
+		Beat: time.Second, OnBeat: func(bool, bool, error) {},
+		dsn: dsn, settings: s, log: log, channels: channels, queues: map[string]*queue.Queue{},
+		dialer:  pgconn.NewDialer(s.PingTimeout, s.PingInterval+s.PingTimeout, retry.Backoff{Min: s.ReconnectMin, Max: s.ReconnectMax}),
+		quitCtx: quit, quit: cancel,
+		events: make(chan event), registered: make(chan error), pong: make(chan error, 1), sent: make(chan probeSent, 1), done: make(chan struct{}),
+		account: pgconn.NewAccount(log),
+		probe:   probe.New(s.ProbeInterval, s.PingTimeout),
+		usage:   probe.Usage{Bounds: [2]float64{0.25, 0.5}},
 	}
 	for _, c := range channels {
 		l.names = append(l.names, c.Name)
@@ -130,10 +120,9 @@ func NewListener(dsn string, s Settings, channels []Channel, log *slog.Logger) *
 	return l
 }
 
-// Run listens until ctx ends, then stops as shutdown.go says, and returns how many notifications were received but
-// not handled to the end. It returns within SHUTDOWN_TIMEOUT of the end of ctx, in any state of the network. It
-// returns an error, without waiting for ctx, when it cannot begin to listen and waiting is of no use, or
-// START_TIMEOUT has passed.
+// Run listens until ctx ends, then stops as shutdown.go says, and returns how many notifications were received but not
+// handled to the end. It returns within SHUTDOWN_TIMEOUT of the end of ctx, in any state of the network. It returns an
+// error, without waiting for ctx, when it cannot begin to listen and waiting is of no use, or START_TIMEOUT has passed.
 func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 	defer l.awaitBackground()
 	defer close(l.done)
@@ -159,8 +148,8 @@ func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 	l.publish()
 
 	for {
-		// While a notification is held nothing more is received, so that order is kept and the server does the
-		// buffering; all else goes on.
+		// While a notification is held nothing more is received, so that order is kept and the server does the buffering;
+		// all else goes on.
 		received, room := l.pq.Notify, (<-chan struct{})(nil)
 		if l.held != nil {
 			received, room = nil, l.heldBy.Room()
@@ -343,8 +332,8 @@ func (l *Listener) subscribed(at time.Time) {
 	l.OnBeat(true, l.status.Stopping, l.Ready())
 }
 
-// pingIfIdle pings when nothing has come for PING_INTERVAL, and returns when to look again. The pong has no timer of
-// its own: the connection's read deadline is that (fact 12).
+// pingIfIdle pings when nothing has come for PING_INTERVAL, and returns when to look again. The pong has no timer of its
+// own: the connection's read deadline is that (fact 12).
 func (l *Listener) pingIfIdle() time.Duration {
 	quiet := time.Since(l.dialer.LastHeard())
 	if quiet < l.settings.PingInterval {

@@ -1,6 +1,6 @@
 // Pglistener listens on PostgreSQL channels and hands each payload to the handler registered for its channel. It is
-// configured by environment variables; -h prints them. Exit codes: 0 after a requested stop with nothing left undone,
-// 1 when it failed or had to abandon notifications, 2 for a configuration that cannot work.
+// configured by environment variables; -h prints them. Exit codes: 0 after a requested stop with nothing left undone, 1
+// when it failed or had to abandon notifications, 2 for a configuration that cannot work.
 package main
 
 import (
@@ -54,6 +54,7 @@ func commands() []cli.Command {
 // listen is what the program is for: it listens until ctx ends.
 func listen(ctx context.Context, e cli.Env) int {
 	p := load(e)
+	e.Stderr = p.lines // which never blocks
 	defer p.lines.Flush(time.Second)
 	for _, problem := range p.problems {
 		e.Fail(problem, cli.Usage)

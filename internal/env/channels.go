@@ -25,8 +25,8 @@ type Route struct {
 // Spec is the handler as it is written in CHANNELS.
 func (r Route) Spec() string { return strings.TrimSuffix(r.Handler+":"+r.Arg, ":") }
 
-// Shown is the mode and the handler without what may be a secret: of a URL the scheme and the host, of a program not
-// the arguments.
+// Shown is the mode and the handler without what may be a secret: of a URL the scheme and the host, of a program not the
+// arguments.
 func (r Route) Shown() string {
 	shown := r.Spec()
 	if u, err := url.Parse(shown); strings.Contains(shown, "://") {
@@ -53,8 +53,8 @@ func (r Route) Warning() string {
 // Known are the names that CHANNELS may have.
 type Known struct{ Handlers, Modes []string }
 
-// ParseChannels reads CHANNELS: comma-separated channel[=[mode:]handler]; a handler may stand in NAME_HANDLER instead.
-// It returns the entries that are right, and an error for each that is not, beginning with the variable's name. No error
+// ParseChannels reads CHANNELS: comma-separated channel[=[mode:]handler]; a handler may stand in NAME_HANDLER instead. It
+// returns the entries that are right, and an error for each that is not, beginning with the variable's name. No error
 // shows a handler, which may hold a secret.
 func ParseChannels(s string, lookup Lookuper, known Known) (routes []Route, problems []error) {
 	if err := separators(s); err != nil {
@@ -119,8 +119,8 @@ func separators(s string) error {
 	return nil
 }
 
-// channelName returns what is wrong with the name of entry i. What follows a comma in a handler looks like a channel, so
-// a name is shown only if it can be no piece of a secret; before is the entry before.
+// channelName returns what is wrong with the name of entry i. What follows a comma in a handler looks like a channel, so a
+// name is shown only if it can be no piece of a secret; before is the entry before.
 func channelName(channel string, i int, before string) error {
 	_, spec, given := strings.Cut(before, "=")
 	if given && strings.ContainsAny(spec, "/ ") && strings.ContainsAny(channel, "&?/@:% ") {

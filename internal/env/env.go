@@ -1,5 +1,5 @@
-// Package env reads the environment: variables that are declared by tags on structs, CHANNELS, and the connection
-// string. No error of it shows a secret.
+// Package env reads the environment: variables that are declared by tags on structs, CHANNELS, and the connection string.
+// No error of it shows a secret.
 package env
 
 import (
@@ -37,9 +37,8 @@ func Decode(target any, lookup Lookuper) []error {
 	return (&decoder{target: target, lookup: lookup}).decode()
 }
 
-// DecodeFor is Decode for a channel: each variable may have the channel's prefix, and the one without it counts only
-// where that is not set. It returns the prefixed names that are set, and the problems of those alone: the others are
-// Decode's.
+// DecodeFor is Decode for a channel: each variable may have the channel's prefix, and the one without it counts only where
+// that is not set. It returns the prefixed names that are set, and the problems of those alone: the others are Decode's.
 func DecodeFor(target any, lookup Lookuper, channel string) (set []string, problems []error) {
 	d := &decoder{target: target, lookup: lookup, prefix: Prefix(channel)}
 	for _, err := range d.decode() {
@@ -67,8 +66,8 @@ func DecodeChannels[T any](base T, routes []Route, lookup Lookuper) (all map[str
 	return all, set, append(problems, Collisions(routes, every)...)
 }
 
-// Prefix is what stands before the name of a variable that is for one channel alone: the channel in upper case, with
-// an underscore for all that is neither letter nor digit.
+// Prefix is what stands before the name of a variable that is for one channel alone: the channel in upper case, with an
+// underscore for all that is neither letter nor digit.
 func Prefix(channel string) string {
 	return strings.Map(func(r rune) rune {
 		if r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
@@ -95,8 +94,8 @@ func (d *decoder) decode() []error {
 		var last string
 		err := envconfig.ProcessWith(context.Background(), &envconfig.Config{
 			Target: d.target,
-			// Values already there are defaults or good: without this, a second run would keep what the first one set
-			// and never see a default.
+			// Values already there are defaults or good: without this, a second run would keep what the first one set and
+			// never see a default.
 			DefaultOverwrite: true,
 			Lookuper: envconfig.LookuperFunc(func(name string) (string, bool) {
 				last = name
@@ -172,8 +171,8 @@ func lookupValue(lookup Lookuper, name string, file bool) (string, error) {
 	return value, nil
 }
 
-// Unquote removes one pair of quotes around a whole value: docker's --env-file keeps those that a shell and systemd
-// need around blanks.
+// Unquote removes one pair of quotes around a whole value: docker's --env-file keeps those that a shell and systemd need
+// around blanks.
 func Unquote(value string) string {
 	value = strings.TrimSpace(value)
 	if n := len(value); n > 1 && (value[0] == '\'' || value[0] == '"') && value[n-1] == value[0] {

@@ -12,8 +12,8 @@ import (
 
 var startedAt = time.Now()
 
-// process are the figures of the process and of Go's runtime that every dashboard has, under the names that
-// Prometheus's own clients give them.
+// process are the figures of the process and of Go's runtime that every dashboard has, under the names that Prometheus's
+// own clients give them.
 func process() []notify.Stat {
 	gauge := func(name, help string, value float64) notify.Stat {
 		return notify.Stat{Name: name, Kind: "gauge", Help: help, Value: value}

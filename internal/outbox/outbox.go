@@ -1,5 +1,5 @@
-// Package outbox is the mode outbox: a notification on the channel is only a hint; the work is the rows of a table,
-// and every row is handled at least once, whatever is killed (DESIGN section 6).
+// Package outbox is the mode outbox: a notification on the channel is only a hint; the work is the rows of a table, and
+// every row is handled at least once, whatever is killed (DESIGN section 6).
 package outbox
 
 import (
@@ -37,8 +37,8 @@ type Options struct {
 	Schedule string
 }
 
-// Outbox drains the rows of one channel. It is a notify.Handler of which Handle and CatchUp only wake it; Run does
-// the work.
+// Outbox drains the rows of one channel. It is a notify.Handler of which Handle and CatchUp only wake it; Run does the
+// work.
 type Outbox struct {
 	channel string
 	handler notify.Handler
@@ -101,8 +101,8 @@ const (
 	prefetchBytes = 16 << 20
 )
 
-// New makes an Outbox that gives the rows of its channel to h, through the connections of pool. Call Run once; it
-// releases the pool.
+// New makes an Outbox that gives the rows of its channel to h, through the connections of pool. Call Run once; it releases
+// the pool.
 func New(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (*Outbox, error) {
 	t, err := parseTable(options.Table)
 	if err != nil {
@@ -126,8 +126,7 @@ func New(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (*Ou
 	}
 	o.ready = sync.NewCond(&o.mu)
 	o.health.retrying = map[int64]time.Time{}
-	// The lease outlives the wait for a slot, the handler, its end after the time limit, and the writing of the
-	// result.
+	// The lease outlives the wait for a slot, the handler, its end after the time limit, and the writing of the result.
 	lease := o.margin + call.Longest(options.Limits.Timeout) + setup.Grace + o.margin
 	owner := make([]byte, 16)
 	_, _ = rand.Read(owner) // it never fails

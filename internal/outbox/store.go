@@ -11,11 +11,11 @@ import (
 )
 
 // store is the SQL of the outbox. All times are the server's. There is no context: each statement is short, and the
-// connection bounds it by PING_TIMEOUT; one that were cancelled while the server commits it would leave rows claimed
-// by nobody.
+// connection bounds it by PING_TIMEOUT; one that were cancelled while the server commits it would leave rows claimed by
+// nobody.
 //
-// A row is ours while its lease and its attempts are what they were when it was claimed: every claim changes one of
-// them, and an upsert neither. Whether an upsert has changed it since is seen by its xmin.
+// A row is ours while its lease and its attempts are what they were when it was claimed: every claim changes one of them,
+// and an upsert neither. Whether an upsert has changed it since is seen by its xmin.
 type store struct {
 	db      *sql.DB
 	table   table
@@ -24,8 +24,7 @@ type store struct {
 	lease   time.Duration // how long a claim lasts
 }
 
-// claim takes up to n due rows: one statement, which adds one to attempts and sets the lease. No transaction stays
-// open.
+// claim takes up to n due rows: one statement, which adds one to attempts and sets the lease. No transaction stays open.
 func (s store) claim(n int) ([]job, error) {
 	began := time.Now()
 	rows, err := s.db.Query(s.table.sql(`
@@ -96,9 +95,9 @@ const (
 	lost    fate = "lost"    // it is no longer ours
 )
 
-// end writes what became of rows: done, tried again, failed, or moved to their next time. A row that was changed
-// while its handler ran is released instead. One that an open transaction has locked is left alone, so that it holds
-// up none of the others. fates are by id.
+// end writes what became of rows: done, tried again, failed, or moved to their next time. A row that was changed while its
+// handler ran is released instead. One that an open transaction has locked is left alone, so that it holds up none of the
+// others. fates are by id.
 func (s store) end(rows []ending) (fates map[int64]fate, err error) {
 	var ids, attempts pq.Int64Array
 	var waits, nexts pq.Float64Array
@@ -177,8 +176,8 @@ func byKey[K comparable, V any](rows *sql.Rows) (map[K]V, error) {
 	return all, rows.Err()
 }
 
-// giveBack undoes the claim of rows, and rings for whoever else listens. A row that was a try goes behind all that
-// are due, so that the next try is another.
+// giveBack undoes the claim of rows, and rings for whoever else listens. A row that was a try goes behind all that are
+// due, so that the next try is another.
 func (s store) giveBack(jobs []job) error {
 	var ids, attempts pq.Int64Array
 	var tries pq.BoolArray
@@ -210,8 +209,8 @@ func (s store) now() (time.Time, error) {
 	return fromEpoch(seconds), err
 }
 
-// keepSchedule makes sure that the channel has one row of this key with a schedule, or that it has none when the
-// schedule is "".
+// keepSchedule makes sure that the channel has one row of this key with a schedule, or that it has none when the schedule
+// is "".
 func (s store) keepSchedule(key, schedule string) error {
 	if schedule == "" {
 		_, err := s.exec(`delete from {table} where channel = $1 and key = $2 and failed_at is null`, s.channel, key)

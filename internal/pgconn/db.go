@@ -19,8 +19,8 @@ var ErrBadDSN = errors.New("not a valid connection string (not shown: it may hol
 // silence and pg_notify rejects it, so such a channel would never hear anything (DESIGN fact 16).
 const MaxIdentifier = 63
 
-// sqlDialer opens the connections of database/sql. As these are read only while an answer is due, the timeout bounds
-// every read.
+// sqlDialer opens the connections of database/sql. As these are read only while an answer is due, the timeout bounds every
+// read.
 type sqlDialer struct{ timeout time.Duration }
 
 // Dial implements pq.Dialer.
@@ -42,8 +42,7 @@ func (d sqlDialer) DialContext(ctx context.Context, network, address string) (ne
 	return &Conn{Conn: nc, timeout: d.timeout, silence: d.timeout, heard: func() {}}, nil
 }
 
-// OpenDB returns a pool for short statements, whose every wait is bounded by timeout. It connects when it is first
-// used.
+// OpenDB returns a pool for short statements, whose every wait is bounded by timeout. It connects when it is first used.
 func OpenDB(dsn string, timeout time.Duration) (*sql.DB, error) {
 	cfg, err := pq.NewConfig(dsn)
 	if err != nil {
@@ -59,8 +58,7 @@ func OpenDB(dsn string, timeout time.Duration) (*sql.DB, error) {
 	return sql.OpenDB(c), nil
 }
 
-// Once makes a connection, lets use work with it, and closes it. It blocks for timeout at most, if use obeys its
-// context.
+// Once makes a connection, lets use work with it, and closes it. It blocks for timeout at most, if use obeys its context.
 func Once(dsn string, timeout time.Duration, use func(context.Context, *sql.DB) error) error {
 	db, err := OpenDB(dsn, timeout)
 	if err != nil {

@@ -1,5 +1,5 @@
-// Package queue is what stands between the listener and the handler of one channel: it keeps the order, limits how
-// many handlers run at once and for how long, repeats what failed and survives what panicked.
+// Package queue is what stands between the listener and the handler of one channel: it keeps the order, limits how many
+// handlers run at once and for how long, repeats what failed and survives what panicked.
 package queue
 
 import (
@@ -32,15 +32,18 @@ type Options struct {
 	Secret   bool          // payloads are kept out of the log
 	Rung     bool          // a doorbell that runs when it is rung, and neither at starts and gaps nor every CatchUpInterval
 
-	// Times returns when a doorbell rings by itself: the first time after now; nominal is the time before. With it
-	// Rung should be set.
-	Times func(nominal, now time.Time) time.Time
+	// Times says when a doorbell rings by itself, if it does: for how long to wait until it is asked whether it is Due,
+	// and for which time. It is used by one goroutine at a time.
+	Times interface {
+		Wait() time.Duration
+		Due() (nominal time.Time, due bool)
+	}
 }
 
 // Queue owns the notifications of one channel that wait, and the goroutines that handle them.
 //
-// Its methods never block for long, so that the select loop can call them from its goroutine; Stats may be called
-// from any. Handlers run on the queue's own goroutines, which exist only while there is work.
+// Its methods never block for long, so that the select loop can call them from its goroutine; Stats may be called from
+// any. Handlers run on the queue's own goroutines, which exist only while there is work.
 type Queue struct {
 	channel string
 	handle  call.Func
@@ -104,33 +107,34 @@ func New(quit context.Context, channel string, h notify.Handler, o Options, log 
 
 // Start begins to catch up every CatchUpInterval, or to ring at the times of Options, until Drained.
 func (q *Queue) Start() {
-	every := func() time.Duration { return retry.Jitter(q.options.CatchUpInterval) }
-	due := func() bool { return true }
-	switch {
-	case q.options.Times != nil:
-		every, due = q.times(func() time.Time { return time.Now().Round(0) }) // without the monotonic clock
-	case q.catchUp == nil || q.options.CatchUpInterval == 0 || q.options.Rung:
+	wait := func() time.Duration { return retry.Jitter(q.options.CatchUpInterval) }
+	due := func() (time.Time, bool) { return time.Time{}, true }
+	if t := q.options.Times; t != nil {
+		wait, due = t.Wait, t.Due
+	} else if q.catchUp == nil || q.options.CatchUpInterval == 0 || q.options.Rung {
 		return
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.sweep = time.AfterFunc(every(), func() {
+	q.sweep = time.AfterFunc(wait(), func() {
 		q.mu.Lock()
 		defer q.mu.Unlock()
-		if q.sweep != nil && q.quit.Err() == nil {
-			if due() {
-				q.ring()
-			}
-			q.sweep.Reset(every())
+		if q.sweep == nil || q.quit.Err() != nil {
+			return
 		}
+		if nominal, ok := due(); ok {
+			q.nominal = nominal
+			q.ring()
+		}
+		q.sweep.Reset(wait())
 	})
 }
 
 // Channel is the channel whose queue this is.
 func (q *Queue) Channel() string { return q.channel }
 
-// Offer takes n, or returns false: the queue is full, try again when Room says so. With OVERFLOW=drop, and once quit
-// has ended, it takes everything.
+// Offer takes n, or returns false: the queue is full, try again when Room says so. With OVERFLOW=drop, and once quit has
+// ended, it takes everything.
 func (q *Queue) Offer(n notify.Notification) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -170,8 +174,7 @@ func (q *Queue) ring() {
 	q.start()
 }
 
-// Drained returns a channel that is closed once nothing waits and nothing runs. Call it once, when no more is
-// offered.
+// Drained returns a channel that is closed once nothing waits and nothing runs. Call it once, when no more is offered.
 func (q *Queue) Drained() <-chan struct{} {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -187,8 +190,7 @@ func (q *Queue) Drained() <-chan struct{} {
 	return q.done
 }
 
-// AbandonRest logs what still waits and returns how much was never handled to its end. Call it last, after quit has
-// ended.
+// AbandonRest logs what still waits and returns how much was never handled to its end. Call it last, after quit has ended.
 func (q *Queue) AbandonRest() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -243,8 +245,8 @@ func (q *Queue) run() {
 	}
 }
 
-// do calls f with n until it succeeds or nothing more can be done. q.mu is held on entry and on return, and not while
-// f runs.
+// do calls f with n until it succeeds or nothing more can be done. q.mu is held on entry and on return, and not while f
+// runs.
 func (q *Queue) do(c *call.Caller, f call.Func, n notify.Notification) {
 	for n.Attempt = 1; ; n.Attempt++ {
 		q.mu.Unlock()

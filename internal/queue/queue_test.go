@@ -442,6 +442,17 @@ func stat(w testQueue, name, result string) (value float64) {
 	return value
 }
 
+// everyFive is due every five minutes.
+type everyFive struct{ next time.Time }
+
+func (e *everyFive) Wait() time.Duration { return time.Until(e.next) }
+
+func (e *everyFive) Due() (time.Time, bool) {
+	nominal := e.next
+	e.next = nominal.Add(5 * time.Minute)
+	return nominal, true
+}
+
 // A doorbell with times of its own runs then and when rung, and neither at starts and gaps nor at sweeps.
 func TestDoorbellRingsAtItsTimes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -452,7 +463,7 @@ func TestDoorbellRingsAtItsTimes(t *testing.T) {
 			runs, at = append(runs, n), append(at, time.Since(began))
 			return nil
 		}), Options{Doorbell: true, Rung: true, Settings: Settings{CatchUpInterval: time.Second},
-			Times: func(_, now time.Time) time.Time { return now.Truncate(5 * time.Minute).Add(5 * time.Minute) }})
+			Times: &everyFive{time.Now().Add(5 * time.Minute)}})
 		w.Start()
 		w.CatchUp() // as at the start and after a gap
 		time.Sleep(12 * time.Minute)
@@ -466,36 +477,4 @@ func TestDoorbellRingsAtItsTimes(t *testing.T) {
 			t.Errorf("told %v and %v", runs[0].RunAt, runs[2].RunAt)
 		}
 	})
-}
-
-// The clock may jump either way: no time is left out or repeated.
-func TestTimesWhenTheClockJumps(t *testing.T) {
-	clock := time.Date(2026, 3, 1, 10, 59, 0, 0, time.UTC)
-	q := &Queue{options: Options{Times: func(_, now time.Time) time.Time { return now.Truncate(time.Hour).Add(time.Hour) }}}
-	wait, due := q.times(func() time.Time { return clock })
-	for i, step := range []struct {
-		set  string
-		runs string // the time that has come, or ""
-	}{
-		{"10:59", ""}, {"11:00", "11:00"}, {"11:01", ""},
-		{"10:30", ""}, {"10:59", ""}, {"11:00", ""}, {"11:30", ""}, {"12:00", "12:00"}, // set back: 11:00 is not repeated
-		{"15:10", "13:00"}, {"15:11", ""}, {"16:00", "16:00"}, // set forward: made up for once
-	} {
-		at, err := time.Parse("15:04", step.set)
-		if err != nil {
-			t.Fatal(err)
-		}
-		clock = time.Date(2026, 3, 1, at.Hour(), at.Minute(), 0, 0, time.UTC)
-		q.nominal = time.Time{}
-		ran := ""
-		if due() {
-			ran = q.nominal.Format("15:04")
-		}
-		if ran != step.runs {
-			t.Errorf("step %d, %s: ran %q, want %q", i, step.set, ran, step.runs)
-		}
-		if w := wait(); w > lookAgain {
-			t.Errorf("step %d: looks at the clock again only after %v", i, w)
-		}
-	}
 }

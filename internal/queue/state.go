@@ -9,32 +9,8 @@ import (
 	"github.com/pglistener/pglistener/internal/retry"
 )
 
-// lookAgain is how long a timer runs at most before the clock is looked at again: it may have been set.
-const lookAgain = 20 * time.Second
-
-// times returns how long to wait until the clock is to be looked at, and whether a time of the schedule has come
-// then. Times that were missed, because the clock was set forward or the machine slept, are made up for once; none is
-// repeated when it is set back. wall is that clock.
-func (q *Queue) times(wall func() time.Time) (wait func() time.Duration, due func() bool) {
-	next := q.options.Times(wall(), wall())
-	wait = func() time.Duration {
-		if next.IsZero() { // it never comes
-			return time.Hour
-		}
-		return max(0, min(next.Sub(wall()), lookAgain))
-	}
-	return wait, func() bool {
-		if next.IsZero() || wall().Before(next) {
-			return false
-		}
-		q.nominal = next
-		next = q.options.Times(next, wall())
-		return true
-	}
-}
-
-// pause says whether a failed run of a doorbell was the receiver's fault, so that the channel waits for it and the
-// run spends no attempt. q.mu is held.
+// pause says whether a failed run of a doorbell was the receiver's fault, so that the channel waits for it and the run
+// spends no attempt. q.mu is held.
 func (q *Queue) pause(n notify.Notification, err error) (paused bool) {
 	if !q.options.Doorbell || !notify.IsUnavailable(err) {
 		return false
@@ -47,8 +23,8 @@ func (q *Queue) pause(n notify.Notification, err error) (paused bool) {
 	return opened || wasOpen
 }
 
-// awaitReceiver waits until it is time for the next try of a paused channel, or returns false: the listener stops,
-// and the doorbell will run when it starts again. q.mu is held, but not while it waits.
+// awaitReceiver waits until it is time for the next try of a paused channel, or returns false: the listener stops, and the
+// doorbell will run when it starts again. q.mu is held, but not while it waits.
 func (q *Queue) awaitReceiver() bool {
 	_, cause := q.breaker.Since()
 	wait := max(q.breaker.Try(time.Now(), 0), min(notify.RetryDelay(cause), time.Minute))

@@ -7,12 +7,12 @@ import (
 	"time"
 )
 
-// Backoff spaces attempts: the wait doubles from Min to Max, with jitter, so that listeners which lost the same
-// server do not come back in step.
+// Backoff spaces attempts: the wait doubles from Min to Max, with jitter, so that listeners which lost the same server do
+// not come back in step.
 type Backoff struct{ Min, Max time.Duration }
 
-// After returns the wait after n failures in a row: between half and the whole of Min doubled n-1 times, capped at
-// Max. It is 0 for n = 0.
+// After returns the wait after n failures in a row: between half and the whole of Min doubled n-1 times, capped at Max. It
+// is 0 for n = 0.
 func (b Backoff) After(n int) time.Duration {
 	if n <= 0 {
 		return 0
@@ -43,9 +43,8 @@ func Sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// Failures counts failures that may repeat for hours, and thins their log: of each kind it lets through the 1st, 2nd,
-// 4th, 8th, ... until there has been none for a minute. The zero value is ready. It is used by one goroutine at a
-// time.
+// Failures counts failures that may repeat for hours, and thins their log: of each kind it lets through the 1st, 2nd, 4th,
+// 8th, ... until there has been none for a minute. The zero value is ready. It is used by one goroutine at a time.
 type Failures struct {
 	attempt int
 	alike   map[string]repeated
@@ -59,8 +58,8 @@ type repeated struct {
 // Reset forgets everything: the next failure is the first again.
 func (f *Failures) Reset() { *f = Failures{} }
 
-// Count counts one more failure. kind is a text that is the same for failures that are alike. It returns the number
-// of the failure, counted over all kinds, and whether to log this one.
+// Count counts one more failure. kind is a text that is the same for failures that are alike. It returns the number of the
+// failure, counted over all kinds, and whether to log this one.
 func (f *Failures) Count(kind string) (attempt int, shouldLog bool) {
 	// A bound on memory, for a server that fails in ever new ways.
 	if f.alike == nil || len(f.alike) > 100 {

@@ -20,14 +20,48 @@ func (s Settings) Validate() []error {
 	return nil
 }
 
-// Times returns Next of a schedule that has been validated.
-func (s Settings) Times() func(nominal, now time.Time) time.Time {
+// Clock returns a Clock of a schedule that has been validated.
+func (s Settings) Clock() *Clock {
 	parsed, _ := Parse(s.Text, zone())
-	return parsed.Next
+	return newClock(parsed.Next, func() time.Time { return time.Now().Round(0) }) // without the monotonic clock
 }
 
-// Next returns the next time after now of a schedule in the default zone; nominal is that of the run before. The zero
-// time means never.
+// Clock says when the times of a schedule come, by this machine's clock. Times that were missed, because the clock was set
+// forward or the machine slept, are made up for once; none is repeated when it is set back. It is used by one goroutine at
+// a time.
+type Clock struct {
+	times func(nominal, now time.Time) time.Time
+	wall  func() time.Time
+	next  time.Time
+}
+
+func newClock(times func(nominal, now time.Time) time.Time, wall func() time.Time) *Clock {
+	return &Clock{times, wall, times(wall(), wall())}
+}
+
+// lookAgain is how long to wait at most before the clock is looked at again: it may have been set.
+const lookAgain = 20 * time.Second
+
+// Wait returns for how long to wait until Due is asked.
+func (c *Clock) Wait() time.Duration {
+	if c.next.IsZero() { // it never comes
+		return time.Hour
+	}
+	return max(0, min(c.next.Sub(c.wall()), lookAgain))
+}
+
+// Due says whether a time has come, and which.
+func (c *Clock) Due() (nominal time.Time, due bool) {
+	if c.next.IsZero() || c.wall().Before(c.next) {
+		return time.Time{}, false
+	}
+	nominal = c.next
+	c.next = c.times(nominal, c.wall())
+	return nominal, true
+}
+
+// Next returns the next time after now of a schedule in the default zone; nominal is that of the run before. The zero time
+// means never.
 func Next(text string, nominal, now time.Time) (time.Time, error) {
 	s, err := Parse(text, zone())
 	return s.Next(nominal, now), err

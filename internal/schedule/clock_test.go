@@ -1,0 +1,36 @@
+package schedule
+
+import (
+	"testing"
+	"time"
+)
+
+// The clock may jump either way: no time is left out or repeated.
+func TestClockThatJumps(t *testing.T) {
+	clock := time.Date(2026, 3, 1, 10, 59, 0, 0, time.UTC)
+	c := newClock(func(_, now time.Time) time.Time { return now.Truncate(time.Hour).Add(time.Hour) }, func() time.Time { return clock })
+	for i, step := range []struct {
+		set  string
+		runs string // the time that has come, or ""
+	}{
+		{"10:59", ""}, {"11:00", "11:00"}, {"11:01", ""},
+		{"10:30", ""}, {"10:59", ""}, {"11:00", ""}, {"11:30", ""}, {"12:00", "12:00"}, // set back: 11:00 is not repeated
+		{"15:10", "13:00"}, {"15:11", ""}, {"16:00", "16:00"}, // set forward: made up for once
+	} {
+		at, err := time.Parse("15:04", step.set)
+		if err != nil {
+			t.Fatal(err)
+		}
+		clock = time.Date(2026, 3, 1, at.Hour(), at.Minute(), 0, 0, time.UTC)
+		ran := ""
+		if nominal, due := c.Due(); due {
+			ran = nominal.Format("15:04")
+		}
+		if ran != step.runs {
+			t.Errorf("step %d, %s: ran %q, want %q", i, step.set, ran, step.runs)
+		}
+		if w := c.Wait(); w > lookAgain {
+			t.Errorf("step %d: looks at the clock again only after %v", i, w)
+		}
+	}
+}
