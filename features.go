@@ -192,6 +192,9 @@ func (l *Listener) try(ctx context.Context) (Status, error) {
 	for l.Ready() != nil && l.newest().Probe.Deaf == "" && retry.Sleep(ctx, 10*time.Millisecond) {
 	}
 	s, err := l.newest(), l.Ready()
+	if s.Probe.Deaf != "" { // it is about to try another connection, and says so
+		err = errors.New(s.Probe.Deaf)
+	}
 	stop()
 	select { // it ends by itself; do not keep the caller waiting
 	case <-ended:

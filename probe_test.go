@@ -233,7 +233,7 @@ func TestLaggardIsNamed(t *testing.T) {
 	}
 	gate := make(chan struct{})
 	slow := &gated{counter: &counter{}, gate: gate}
-	r := start(t, probing(s.DSN(), channel+"=slow", vars{"QUEUE_SIZE": "10"}), table{
+	r := start(t, probing(s.DSN(), channel+"=slow", vars{"QUEUE_SIZE": "5000"}), table{
 		"slow": func(string, Setup) (notify.Handler, error) { return slow, nil },
 	}, func(l *Listener) {
 		// 8 GB are too much for a test: a part of a thousandth stands for a quarter and a half.
