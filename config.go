@@ -36,14 +36,14 @@ type Config struct {
 type Setup struct {
 	notify.Setup
 	Settings ChannelSettings
-	Spec     string                 // the handler as it is written in CHANNELS
-	IsSet    func(name string) bool // whether a variable of the channel is set
-	DSN      string                 // of the database, for a handler that needs one
-	Timeout  time.Duration          // PING_TIMEOUT: how long any single answer of it may take
+	Spec     string        // the handler as it is written in CHANNELS
+	Lookup   env.Lookuper  // the environment
+	DSN      string        // of the database, for a handler that needs one
+	Timeout  time.Duration // PING_TIMEOUT: how long any single answer of it may take
 }
 
-// loadConfig reads the configuration through lookup. handlers and modes have what CHANNELS may name. It returns every
-// problem at once, one error each, beginning with the name of the variable and free of secrets.
+// loadConfig reads the configuration through lookup. handlers and modes have what CHANNELS may name. It returns every problem at
+// once, one error each, beginning with the name of the variable and free of secrets.
 func loadConfig(lookup env.Lookuper, handlers map[string]newHandler, modes map[string]wrap) (*Config, []error) {
 	c := &Config{lookup: lookup}
 	problems := env.Decode(c, lookup)
@@ -71,17 +71,12 @@ func (c *Config) warnings(environ []string) (all []string) {
 			all = append(all, w)
 		}
 		// The defaults are so on purpose: most handlers are quick, and what stops a service waits for half a minute.
-		if s := c.setup(r, slog.Default()); s.Settings.Timeout > stop && (s.IsSet("HANDLER_TIMEOUT") || c.isSet("SHUTDOWN_TIMEOUT")) {
+		if s := c.setup(r, slog.Default()); s.Settings.Timeout > stop && (env.IsSet(c.lookup, r.Channel, "HANDLER_TIMEOUT") || env.IsSet(c.lookup, "", "SHUTDOWN_TIMEOUT")) {
 			all = append(all, fmt.Sprintf("HANDLER_TIMEOUT of channel %q is %v, longer than SHUTDOWN_TIMEOUT, which is %v: a stop cuts handlers short that take longer",
 				r.Channel, s.Settings.Timeout, stop))
 		}
 	}
 	return append(all, env.Unknown(environ, c, &ChannelSettings{}, c.routes)...)
-}
-
-func (c *Config) isSet(name string) bool {
-	value, _ := c.lookup(name)
-	return value != ""
 }
 
 // dsn is the connection string with the name that pg_stat_activity shows unless the user chose one.
@@ -93,14 +88,14 @@ func (c *Config) setup(r env.Route, log *slog.Logger) Setup {
 		Setup:    notify.Setup{Channel: r.Channel, Log: log.With("channel", r.Channel), Grace: c.Listener.grace(), LogPayloads: c.LogPayloads},
 		Settings: c.perChannel[r.Channel],
 		Spec:     r.Spec(),
-		IsSet:    func(name string) bool { return c.isSet(env.Prefix(r.Channel)+name) || c.isSet(name) },
+		Lookup:   c.lookup,
 		DSN:      c.dsn(),
 		Timeout:  c.Listener.PingTimeout,
 	}
 }
 
-// makeChannels makes the handlers of all routes, and what the Listener needs to know of them. It returns an error for each
-// that cannot be made.
+// makeChannels makes the handlers of all routes, and what the Listener needs to know of them. It returns an error for each that
+// cannot be made.
 func makeChannels(cfg *Config, handlers map[string]newHandler, modes map[string]wrap, log *slog.Logger) (channels []Channel, problems []error) {
 	for _, r := range cfg.routes {
 		s := cfg.setup(r, log)

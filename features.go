@@ -24,8 +24,8 @@ import (
 	"github.com/pglistener/pglistener/internal/webhook"
 )
 
-// The features are what can be left out, each a folder of internal. This file connects them. make new WITHOUT="..." copies
-// the project without the folders and the lines that name them.
+// The features are what can be left out, each a folder of internal. This file connects them. make new WITHOUT="..." copies the
+// project without the folders and the lines that name them.
 
 // ChannelSettings are the variables of a channel.
 type ChannelSettings struct {
@@ -55,7 +55,13 @@ func addHandlers(table map[string]newHandler) map[string]newHandler {
 	// end: execcmd
 	// begin: webhook
 	table["https"] = func(_ string, s Setup) (notify.Handler, error) {
-		return webhook.New(s.Spec, s.Settings.Webhook, s.Settings.Concurrency, s.Setup)
+		reread := func() (webhook.Settings, error) { // secrets and certificates may be replaced while it runs
+			var again ChannelSettings
+			problems := env.Decode(&again, s.Lookup)
+			_, wrong := env.DecodeFor(&again, s.Lookup, s.Channel)
+			return again.Webhook, errors.Join(append(problems, wrong...)...)
+		}
+		return webhook.New(s.Spec, s.Settings.Webhook, reread, s.Settings.Concurrency, s.Setup)
 	}
 	table["http"] = table["https"]
 	// end: webhook
@@ -105,7 +111,7 @@ func modes() map[string]wrap {
 	inProcess := all["doorbell"]
 	all["doorbell"] = func(h notify.Handler, s Setup, q *queue.Options) (notify.Handler, error) {
 		h, err := inProcess(h, s, q)
-		if !q.Rung || !s.IsSet("OUTBOX_TABLE") {
+		if !q.Rung || !env.IsSet(s.Lookup, s.Channel, "OUTBOX_TABLE") {
 			return h, err
 		}
 		q.Times = nil // the row has them, so that replicas and restarts agree

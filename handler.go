@@ -10,15 +10,15 @@ import (
 	"github.com/pglistener/pglistener/internal/notify"
 )
 
-// This is the file that a team edits. A handler is a function that makes a notify.Handler; package notify has the
-// contract, internal/execcmd and internal/webhook are larger examples.
+// This is the file that a team edits. A handler is a function that makes a notify.Handler; package notify has the contract,
+// internal/execcmd and internal/webhook are larger examples.
 
-// newHandler makes the handler of one channel, at the start. arg is what follows the name and a colon in CHANNELS. An
-// error is reported as one of the configuration.
+// newHandler makes the handler of one channel, at the start. arg is what follows the name and a colon in CHANNELS. An error is
+// reported as one of the configuration.
 type newHandler func(arg string, s Setup) (notify.Handler, error)
 
-// handlerTable names everything that may stand right of the "=" in CHANNELS, besides what addHandlers adds. To add a
-// handler write one function and add one line here.
+// handlerTable names everything that may stand right of the "=" in CHANNELS, besides what addHandlers adds. To add a handler
+// write one function and add one line here.
 func handlerTable() map[string]newHandler {
 	return map[string]newHandler{
 		"log":    newLog,
@@ -45,10 +45,10 @@ func newLog(_ string, s Setup) (notify.Handler, error) {
 // newAppend makes the handler "append:FILE", which keeps a journal: one line of JSON for each notification. It is also the
 // example to copy.
 //
-// It is called once here, at the start, where a wrong arg is best found. The function that it returns runs for each
-// notification, one at a time and in order unless CONCURRENCY is more than 1. It is called again, with the same id, after
-// an error (a full disk, say), and from the outbox also after a kill in the middle of a line. Whoever reads the journal
-// therefore takes the id for the key, and skips a line that is not JSON: it comes again.
+// It is called once here, at the start, where a wrong arg is best found. The function that it returns runs for each notification,
+// one at a time and in order unless CONCURRENCY is more than 1. It is called again, with the same id, after an error (a full
+// disk, say), and from the outbox also after a kill in the middle of a line. Whoever reads the journal therefore takes the id for
+// the key, and skips a line that is not JSON: it comes again.
 func newAppend(arg string, _ Setup) (notify.Handler, error) {
 	if arg == "" {
 		return nil, errors.New("append needs a file: append:FILE")

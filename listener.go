@@ -38,9 +38,9 @@ type Channel struct {
 	Queue   queue.Options
 }
 
-// Listener hears NOTIFY on a set of channels and puts each notification into the queue of its channel. It wraps
-// pq.Listener, which reconnects and re-LISTENs, and adds what that one lacks: a bound on every wait, pings that notice
-// silence, probes that prove delivery, and an account of what may have been lost.
+// Listener hears NOTIFY on a set of channels and puts each notification into the queue of its channel. It wraps pq.Listener,
+// which reconnects and re-LISTENs, and adds what that one lacks: a bound on every wait, pings that notice silence, probes that
+// prove delivery, and an account of what may have been lost.
 type Listener struct {
 	// What never changes once Run has begun.
 	Beat     time.Duration                                  // how often to call OnBeat
@@ -81,8 +81,7 @@ type Listener struct {
 	lastQueue   *queue.Queue // of the previous notification: most often also of the next
 }
 
-// event is one call of lib/pq's event callback. heard is when the last byte had come: soon the next connection will bring
-// more.
+// event is one call of lib/pq's event callback. heard is when the last byte had come: soon the next connection will bring more.
 type event struct {
 	kind      pq.ListenerEventType
 	err       error
@@ -95,8 +94,8 @@ type probeSent struct {
 	usage float64 // pg_notification_queue_usage(), 0 to 1
 }
 
-// pqPace is the pause that lib/pq makes between attempts. It sleeps through it even when closed, and has no jitter (facts
-// 5 and 11), so the pauses that matter are made by the dialer.
+// pqPace is the pause that lib/pq makes between attempts. It sleeps through it even when closed, and has no jitter (facts 5 and
+// 11), so the pauses that matter are made by the dialer.
 const pqPace = time.Millisecond
 
 // NewListener makes a Listener. Call Run once to start it.
@@ -120,9 +119,9 @@ func NewListener(dsn string, s Settings, channels []Channel, log *slog.Logger) *
 	return l
 }
 
-// Run listens until ctx ends, then stops as shutdown.go says, and returns how many notifications were received but not
-// handled to the end. It returns within SHUTDOWN_TIMEOUT of the end of ctx, in any state of the network. It returns an
-// error, without waiting for ctx, when it cannot begin to listen and waiting is of no use, or START_TIMEOUT has passed.
+// Run listens until ctx ends, then stops as shutdown.go says, and returns how many notifications were received but not handled to
+// the end. It returns within SHUTDOWN_TIMEOUT of the end of ctx, in any state of the network. It returns an error, without
+// waiting for ctx, when it cannot begin to listen and waiting is of no use, or START_TIMEOUT has passed.
 func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 	defer l.awaitBackground()
 	defer close(l.done)
@@ -148,8 +147,8 @@ func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 	l.publish()
 
 	for {
-		// While a notification is held nothing more is received, so that order is kept and the server does the buffering;
-		// all else goes on.
+		// While a notification is held nothing more is received, so that order is kept and the server does the buffering; all
+		// else goes on.
 		received, room := l.pq.Notify, (<-chan struct{})(nil)
 		if l.held != nil {
 			received, room = nil, l.heldBy.Room()
@@ -205,8 +204,7 @@ func (l *Listener) dispatchAll(n *pq.Notification) {
 	}
 }
 
-// dispatch puts one notification into the queue of its channel. nil signals a reconnect, which observe has already
-// handled.
+// dispatch puts one notification into the queue of its channel. nil signals a reconnect, which observe has already handled.
 func (l *Listener) dispatch(n *pq.Notification) {
 	if n == nil {
 		return
@@ -252,8 +250,8 @@ func (l *Listener) catchUp() {
 	}
 }
 
-// onEvent is lib/pq's callback. It runs on the goroutine that dispatches and reconnects, so it must neither call the
-// pq.Listener nor wait for long (fact 10); the loop never blocks, and after it has ended nobody waits for events.
+// onEvent is lib/pq's callback. It runs on the goroutine that dispatches and reconnects, so it must neither call the pq.Listener
+// nor wait for long (fact 10); the loop never blocks, and after it has ended nobody waits for events.
 func (l *Listener) onEvent(kind pq.ListenerEventType, err error) {
 	e := event{kind: kind, err: err, at: time.Now(), heard: l.dialer.LastHeard()}
 	switch kind { // here, because lib/pq dials again as soon as this returns
@@ -270,8 +268,8 @@ func (l *Listener) onEvent(kind pq.ListenerEventType, err error) {
 	}
 }
 
-// observe follows the connection. Events are believed, and not what Listen returns: that can be nil when nothing is
-// connected (fact 8).
+// observe follows the connection. Events are believed, and not what Listen returns: that can be nil when nothing is connected
+// (fact 8).
 func (l *Listener) observe(e event) {
 	switch e.kind {
 	case pq.ListenerEventConnected, pq.ListenerEventReconnected:
@@ -332,8 +330,8 @@ func (l *Listener) subscribed(at time.Time) {
 	l.OnBeat(true, l.status.Stopping, l.Ready())
 }
 
-// pingIfIdle pings when nothing has come for PING_INTERVAL, and returns when to look again. The pong has no timer of its
-// own: the connection's read deadline is that (fact 12).
+// pingIfIdle pings when nothing has come for PING_INTERVAL, and returns when to look again. The pong has no timer of its own: the
+// connection's read deadline is that (fact 12).
 func (l *Listener) pingIfIdle() time.Duration {
 	quiet := time.Since(l.dialer.LastHeard())
 	if quiet < l.settings.PingInterval {

@@ -1,6 +1,6 @@
-// Pglistener listens on PostgreSQL channels and hands each payload to the handler registered for its channel. It is
-// configured by environment variables; -h prints them. Exit codes: 0 after a requested stop with nothing left undone, 1
-// when it failed or had to abandon notifications, 2 for a configuration that cannot work.
+// Pglistener listens on PostgreSQL channels and hands each payload to the handler registered for its channel. It is configured by
+// environment variables; -h prints them. Exit codes: 0 after a requested stop with nothing left undone, 1 when it failed or had
+// to abandon notifications, 2 for a configuration that cannot work.
 package main
 
 import (
@@ -46,7 +46,10 @@ func run(ctx context.Context, args []string, e cli.Env) int {
 func commands() []cli.Command {
 	return append([]cli.Command{
 		{Flags: "", Run: listen},
-		{Flags: "-V, --version", Usage: "print the version", Run: printVersion},
+		{Flags: "-V, --version", Usage: "print the version", Run: func(_ context.Context, e cli.Env) int {
+			fmt.Fprintln(e.Stdout, "pglistener", version())
+			return cli.OK
+		}},
 		{Flags: "-h, -?, --help", Usage: "print this", Run: printUsage},
 	}, featureCommands()...)
 }
@@ -123,11 +126,6 @@ Flags:
 	env.Print(e.Stdout, &Config{}, &ChannelSettings{})
 	fmt.Fprint(e.Stdout, "\nVariables of channels, which may be set for one alone, as ORDERS_CONCURRENCY for orders;\nand ORDERS_HANDLER=[MODE:]HANDLER for what CHANNELS says of it otherwise:\n")
 	env.Print(e.Stdout, &ChannelSettings{}, &struct{}{})
-	return cli.OK
-}
-
-func printVersion(_ context.Context, e cli.Env) int {
-	fmt.Fprintln(e.Stdout, "pglistener", version())
 	return cli.OK
 }
 

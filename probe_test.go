@@ -240,6 +240,10 @@ func TestLaggardIsNamed(t *testing.T) {
 		l.usage.Bounds = [2]float64{1e-6, 2e-6}
 	}).listening(t)
 	r.Wait(t, "delivery proven", 1)
+	if _, err := db.Exec("select pg_notify($1, i::text) from generate_series(1, 5200) i", channel); err != nil {
+		t.Fatal(err)
+	}
+	r.Wait(t, "queue full", 1)
 	fill()
 	fill()
 	line := r.Wait(t, "the server's NOTIFY queue is more than half full", 1)

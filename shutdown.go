@@ -9,12 +9,12 @@ import (
 	"github.com/pglistener/pglistener/internal/pgconn"
 )
 
-// How a Listener stops, in two phases (DESIGN section 4, invariant 6). First it UNLISTENs, and lets the handlers finish
-// what has been received. Then, shortly before SHUTDOWN_TIMEOUT, it cancels the handlers, breaks the connection and counts
-// what was not handled.
+// How a Listener stops, in two phases (DESIGN section 4, invariant 6). First it UNLISTENs, and lets the handlers finish what has
+// been received. Then, shortly before SHUTDOWN_TIMEOUT, it cancels the handlers, breaks the connection and counts what was not
+// handled.
 
-// grace is how long a handler may take to end after its context has: it fits into SHUTDOWN_TIMEOUT together with the work
-// that is to be finished.
+// grace is how long a handler may take to end after its context has: it fits into SHUTDOWN_TIMEOUT together with the work that is
+// to be finished.
 func (s Settings) grace() time.Duration { return min(2*time.Second, s.ShutdownTimeout/4) }
 
 // beginShutdown begins the first phase, and returns when the second begins and when it is to be over.
@@ -30,9 +30,9 @@ func (l *Listener) beginShutdown() (late, tooLate <-chan time.Time) {
 	return time.After(timeout - reserve), time.After(timeout)
 }
 
-// hangUp ends the connection so that nothing is lost that reached the server before: after the pong every notification is
-// on its way, after UNLISTEN no more come, and after Close lib/pq hands on what it has and closes Notify. The bounds on
-// the connection bound this too.
+// hangUp ends the connection so that nothing is lost that reached the server before: after the pong every notification is on its
+// way, after UNLISTEN no more come, and after Close lib/pq hands on what it has and closes Notify. The bounds on the connection
+// bound this too.
 func (l *Listener) hangUp(politely bool) {
 	if politely {
 		l.dialer.Refuse()
@@ -57,8 +57,8 @@ func (l *Listener) cutShort() {
 	}
 }
 
-// drain waits until the queues have finished what was received, at most until tooLate, and returns how many notifications
-// were abandoned. lib/pq has ended by now.
+// drain waits until the queues have finished what was received, at most until tooLate, and returns how many notifications were
+// abandoned. lib/pq has ended by now.
 func (l *Listener) drain(runners <-chan struct{}, beat, late, tooLate <-chan time.Time) int {
 	pending := []<-chan struct{}{runners}
 	for _, q := range l.queues {
@@ -90,8 +90,8 @@ func (l *Listener) abandoned() int {
 	return n
 }
 
-// awaitBackground waits for the goroutines of Run, for a second at most: one that uses a silent second connection ends
-// with that connection, within PING_TIMEOUT.
+// awaitBackground waits for the goroutines of Run, for a second at most: one that uses a silent second connection ends with that
+// connection, within PING_TIMEOUT.
 func (l *Listener) awaitBackground() {
 	done := make(chan struct{})
 	go func() {
@@ -104,8 +104,8 @@ func (l *Listener) awaitBackground() {
 	}
 }
 
-// startHandlers starts the catch-ups and runs the handlers that work on their own. all is closed when those have returned,
-// which they do after stop.
+// startHandlers starts the catch-ups and runs the handlers that work on their own. all is closed when those have returned, which
+// they do after stop.
 func (l *Listener) startHandlers() (all <-chan struct{}, stop func()) {
 	ctx, stop := context.WithCancel(context.Background())
 	var running sync.WaitGroup

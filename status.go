@@ -67,8 +67,8 @@ func (l *Listener) Alive() error {
 	return nil
 }
 
-// Ready returns why a notification that is sent now might not be heard, or why the work of a channel is not being done;
-// nil when all is known to be well. It answers from memory, from any goroutine.
+// Ready returns why a notification that is sent now might not be heard, or why the work of a channel is not being done; nil when
+// all is known to be well. It answers from memory, from any goroutine.
 func (l *Listener) Ready() error {
 	if err := l.Alive(); err != nil {
 		return err
@@ -92,8 +92,8 @@ func (l *Listener) Ready() error {
 func (l *Listener) deafness(s Status) string {
 	set := l.settings
 	quiet := time.Since(l.dialer.LastHeard())
-	// While reading is stopped for a full queue nothing can be heard, but the server keeps what is sent; and the proofs
-	// that are missed meanwhile may still be due.
+	// While reading is stopped for a full queue nothing can be heard, but the server keeps what is sent; and the proofs that are
+	// missed meanwhile may still be due.
 	window := set.ProbeInterval + 2*set.PingTimeout
 	held := s.heldBy != "" || time.Since(s.heldUntil) < window
 	switch {
@@ -121,8 +121,7 @@ func (l *Listener) deafness(s Status) string {
 	return ""
 }
 
-// Stats implements notify.Meter: the figures of the listener, and those of each channel with its name as the label
-// channel.
+// Stats implements notify.Meter: the figures of the listener, and those of each channel with its name as the label channel.
 func (l *Listener) Stats() []notify.Stat {
 	s := l.newest()
 	ready := notify.Stat{Name: "pglistener_ready", Kind: "gauge", Help: "1 while /readyz answers 200."}

@@ -23,11 +23,10 @@ func Longest(limit time.Duration) time.Duration { return limit + limit/64 }
 // overrunGrace is how long after its time limit a handler may still run before the log says so.
 const overrunGrace = 5 * time.Second
 
-// Caller makes one call after the other, each with a time limit. It is used by one goroutine at a time; the zero value is
-// ready.
+// Caller makes one call after the other, each with a time limit. It is used by one goroutine at a time; the zero value is ready.
 //
-// A context with a deadline costs more than many a handler does. So calls that begin within a 64th of the limit share one:
-// each has at least its limit, and at most Longest of it.
+// A context with a deadline costs more than many a handler does. So calls that begin within a 64th of the limit share one: each
+// has at least its limit, and at most Longest of it.
 type Caller struct{ shared *sharedContext }
 
 type sharedContext struct {
@@ -37,9 +36,9 @@ type sharedContext struct {
 	began  atomic.Int64 // of the call that runs, in Unix nanoseconds; 0 while none does
 }
 
-// Call calls f with n once, and returns its error and how long it took. The context that f is given ends after limit, with
-// the cause notify.ErrHandlerTimeout, and when parent does. A panic is an error, and is logged with its stack. Call blocks
-// until f returns; a handler that does not obey its context is logged.
+// Call calls f with n once, and returns its error and how long it took. The context that f is given ends after limit, with the
+// cause notify.ErrHandlerTimeout, and when parent does. A panic is an error, and is logged with its stack. Call blocks until f
+// returns; a handler that does not obey its context is logged.
 func (c *Caller) Call(parent context.Context, limit time.Duration, f Func, n notify.Notification, log *slog.Logger) (took time.Duration, err error) {
 	began := time.Now()
 	if c.shared == nil || began.After(c.shared.until) || c.shared.Err() != nil {
@@ -71,8 +70,8 @@ func newShared(parent context.Context, now time.Time, limit time.Duration, log *
 	s := &sharedContext{until: now.Add(limit / 64)}
 	s.Context, s.cancel = context.WithTimeoutCause(parent, Longest(limit), notify.ErrHandlerTimeout)
 	context.AfterFunc(s.Context, func() {
-		// Only calls that were given this very context are looked at: it also ends because it has grown too old, while a
-		// later call runs with another.
+		// Only calls that were given this very context are looked at: it also ends because it has grown too old, while a later
+		// call runs with another.
 		overrun := s.began.Load()
 		if overrun == 0 || context.Cause(s.Context) != notify.ErrHandlerTimeout {
 			return

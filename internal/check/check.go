@@ -23,13 +23,13 @@ type Input struct {
 	Channels []string
 	Probes   bool // whether there are any
 
-	// Listen listens until it is ready, or knows that it is deaf, or ctx ends. It says how long a probe took, whether
-	// every channel was LISTENed, and why it is not ready.
+	// Listen listens until it is ready, or knows that it is deaf, or ctx ends. It says how long a probe took, whether every
+	// channel was LISTENed, and why it is not ready.
 	Listen func(ctx context.Context) (roundTrip time.Duration, listened bool, err error)
 }
 
-// Run tries everything once, prints a line for each check and returns whether all is well. No handler runs. It ends
-// within three times the timeout, whatever the network does.
+// Run tries everything once, prints a line for each check and returns whether all is well. No handler runs. It ends within three
+// times the timeout, whatever the network does.
 func Run(ctx context.Context, in Input, out io.Writer) (ok bool) {
 	r := &report{out: out}
 	for _, p := range in.Problems {

@@ -35,8 +35,8 @@ type Command struct {
 	Run   func(ctx context.Context, e Env) int
 }
 
-// Parse returns the command that args ask for. No error shows an argument that is no flag, nor the value of one: a
-// connection string may hold a password.
+// Parse returns the command that args ask for. No error shows an argument that is no flag, nor the value of one: a connection
+// string may hold a password.
 func Parse(args []string, commands []Command) (Command, error) {
 	name := ""
 	if len(args) > 0 {

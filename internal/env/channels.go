@@ -53,9 +53,9 @@ func (r Route) Warning() string {
 // Known are the names that CHANNELS may have.
 type Known struct{ Handlers, Modes []string }
 
-// ParseChannels reads CHANNELS: comma-separated channel[=[mode:]handler]; a handler may stand in NAME_HANDLER instead. It
-// returns the entries that are right, and an error for each that is not, beginning with the variable's name. No error
-// shows a handler, which may hold a secret.
+// ParseChannels reads CHANNELS: comma-separated channel[=[mode:]handler]; a handler may stand in NAME_HANDLER instead. It returns
+// the entries that are right, and an error for each that is not, beginning with the variable's name. No error shows a handler,
+// which may hold a secret.
 func ParseChannels(s string, lookup Lookuper, known Known) (routes []Route, problems []error) {
 	if err := separators(s); err != nil {
 		return nil, []error{fmt.Errorf("CHANNELS: %w", err)}
@@ -119,8 +119,8 @@ func separators(s string) error {
 	return nil
 }
 
-// channelName returns what is wrong with the name of entry i. What follows a comma in a handler looks like a channel, so a
-// name is shown only if it can be no piece of a secret; before is the entry before.
+// channelName returns what is wrong with the name of entry i. What follows a comma in a handler looks like a channel, so a name
+// is shown only if it can be no piece of a secret; before is the entry before.
 func channelName(channel string, i int, before string) error {
 	_, spec, given := strings.Cut(before, "=")
 	if given && strings.ContainsAny(spec, "/ ") && strings.ContainsAny(channel, "&?/@:% ") {
@@ -170,8 +170,8 @@ func parseHandler(spec string, given bool, known Known) (Route, error) {
 	return r, nil
 }
 
-// Words splits s into words as a shell does, without expanding anything: blanks separate them, '...' takes everything as
-// it is, "..." everything but \ before " and \, and \ outside quotes takes the character after it.
+// Words splits s into words as a shell does, without expanding anything: blanks separate them, '...' takes everything as it is,
+// "..." everything but \ before " and \, and \ outside quotes takes the character after it.
 func Words(s string) (words []string, err error) {
 	var word []byte
 	quote, inWord := byte(0), false

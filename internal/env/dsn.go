@@ -17,9 +17,9 @@ import (
 var runtimeParameter = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.]*$`)
 
 // CheckDSN returns why a connection string can never work, and the variable to blame. lib/pq's own error holds the string,
-// password and all, and a string it accepts may yet carry pieces of a password where they would be shown as a host, a
-// database or a setting; none of these is ever part of the error (DESIGN facts 4 and 20). An empty string means the PG*
-// variables, one of which must be set then. It reads the PG* variables and the service file, as lib/pq does.
+// password and all, and a string it accepts may yet carry pieces of a password where they would be shown as a host, a database or
+// a setting; none of these is ever part of the error (DESIGN facts 4 and 20). An empty string means the PG* variables, one of
+// which must be set then. It reads the PG* variables and the service file, as lib/pq does.
 func CheckDSN(dsn string, lookup Lookuper) (name string, err error) {
 	if dsn == "" && !anySet(lookup, "PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE") {
 		return "DATABASE_URL", errors.New("not set, nor any of PGHOST, PGDATABASE, PGSERVICE; set it to postgres://user:password@host:port/database")

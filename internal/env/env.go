@@ -1,5 +1,5 @@
-// Package env reads the environment: variables that are declared by tags on structs, CHANNELS, and the connection string.
-// No error of it shows a secret.
+// Package env reads the environment: variables that are declared by tags on structs, CHANNELS, and the connection string. No
+// error of it shows a secret.
 package env
 
 import (
@@ -31,14 +31,14 @@ import (
 // Lookuper returns the value of a variable and whether it is set: os.LookupEnv, or a map in tests.
 type Lookuper func(name string) (string, bool)
 
-// Decode fills the variables among the fields of target, a pointer to a struct. It returns every problem at once, one
-// error each, beginning with the name of the variable and free of secrets. An empty variable counts as unset.
+// Decode fills the variables among the fields of target, a pointer to a struct. It returns every problem at once, one error each,
+// beginning with the name of the variable and free of secrets. An empty variable counts as unset.
 func Decode(target any, lookup Lookuper) []error {
 	return (&decoder{target: target, lookup: lookup}).decode()
 }
 
-// DecodeFor is Decode for a channel: each variable may have the channel's prefix, and the one without it counts only where
-// that is not set. It returns the prefixed names that are set, and the problems of those alone: the others are Decode's.
+// DecodeFor is Decode for a channel: each variable may have the channel's prefix, and the one without it counts only where that
+// is not set. It returns the prefixed names that are set, and the problems of those alone: the others are Decode's.
 func DecodeFor(target any, lookup Lookuper, channel string) (set []string, problems []error) {
 	d := &decoder{target: target, lookup: lookup, prefix: Prefix(channel)}
 	for _, err := range d.decode() {
@@ -50,8 +50,7 @@ func DecodeFor(target any, lookup Lookuper, channel string) (set []string, probl
 	return d.set, problems
 }
 
-// DecodeChannels decodes a copy of base for each channel. It returns them, and the prefixed names that are set, by
-// channel.
+// DecodeChannels decodes a copy of base for each channel. It returns them, and the prefixed names that are set, by channel.
 func DecodeChannels[T any](base T, routes []Route, lookup Lookuper) (all map[string]T, set map[string][]string, problems []error) {
 	all, set = map[string]T{}, map[string][]string{}
 	var every []string
@@ -77,6 +76,13 @@ func Prefix(channel string) string {
 	}, strings.ToUpper(channel)) + "_"
 }
 
+// IsSet says whether a variable is set, for a channel if that is not "", or for all.
+func IsSet(lookup Lookuper, channel, name string) bool {
+	own, _ := lookup(Prefix(channel) + name)
+	value, _ := lookup(name)
+	return own != "" || value != ""
+}
+
 type decoder struct {
 	target any
 	lookup Lookuper
@@ -94,8 +100,8 @@ func (d *decoder) decode() []error {
 		var last string
 		err := envconfig.ProcessWith(context.Background(), &envconfig.Config{
 			Target: d.target,
-			// Values already there are defaults or good: without this, a second run would keep what the first one set and
-			// never see a default.
+			// Values already there are defaults or good: without this, a second run would keep what the first one set and never
+			// see a default.
 			DefaultOverwrite: true,
 			Lookuper: envconfig.LookuperFunc(func(name string) (string, bool) {
 				last = name
@@ -171,8 +177,8 @@ func lookupValue(lookup Lookuper, name string, file bool) (string, error) {
 	return value, nil
 }
 
-// Unquote removes one pair of quotes around a whole value: docker's --env-file keeps those that a shell and systemd need
-// around blanks.
+// Unquote removes one pair of quotes around a whole value: docker's --env-file keeps those that a shell and systemd need around
+// blanks.
 func Unquote(value string) string {
 	value = strings.TrimSpace(value)
 	if n := len(value); n > 1 && (value[0] == '\'' || value[0] == '"') && value[n-1] == value[0] {

@@ -23,8 +23,8 @@ func Collisions(routes []Route, set []string) (problems []error) {
 	return problems
 }
 
-// Unknown returns a warning for each variable of environ that nobody reads and that resembles one that somebody does:
-// those of target, and those of channel, which may have a channel's prefix. No value is shown.
+// Unknown returns a warning for each variable of environ that nobody reads and that resembles one that somebody does: those of
+// target, and those of channel, which may have a channel's prefix. No value is shown.
 func Unknown(environ []string, target, channel any, routes []Route) (warnings []string) {
 	known, perChannel := names(target), append(names(channel), "HANDLER")
 	var prefixes []string
@@ -86,9 +86,6 @@ func nearest(s string, words []string) string {
 
 // distance is how many letters have to be put in, left out, replaced or exchanged with their neighbour to make b of a.
 func distance(a, b string) int {
-	if max(len(a)-len(b), len(b)-len(a)) > 3 {
-		return 4
-	}
 	rows := make([][]int, len(a)+1)
 	for i := range rows {
 		rows[i] = make([]int, len(b)+1)

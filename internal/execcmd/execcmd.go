@@ -14,8 +14,8 @@ import (
 	"github.com/pglistener/pglistener/internal/proc"
 )
 
-// handler runs a program for each notification. There is no shell, and the payload goes to stdin only, so no payload
-// can become a command.
+// handler runs a program for each notification. There is no shell, and the payload goes to stdin only, so no payload can become a
+// command.
 type handler struct {
 	path    string
 	args    []string
@@ -55,10 +55,9 @@ const (
 	tempFail    = 75 // EX_TEMPFAIL: likewise
 )
 
-// Handle runs the program and returns an error unless it exits with 0. 65 is permanent, 69 and 75 say that what it
-// depends on is unavailable. When ctx ends, the whole process group is asked to end with SIGTERM and killed after a
-// grace period; then, and only then, Handle returns. What the program leaves running in its group is killed too, so
-// that two runs never overlap.
+// Handle runs the program and returns an error unless it exits with 0. 65 is permanent, 69 and 75 say that what it depends on is
+// unavailable. When ctx ends, the whole process group is asked to end with SIGTERM and killed after a grace period; then, and
+// only then, Handle returns. What the program leaves running in its group is killed too, so that two runs never overlap.
 func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 	cmd := proc.Command(ctx, h.setup.Grace, h.path, h.args...)
 	cmd.Env = append(h.environ[:len(h.environ):len(h.environ)],

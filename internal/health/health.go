@@ -106,8 +106,8 @@ func (s *Server) Close() {
 	<-s.served
 }
 
-// Ask asks the listener that serves HTTP_ADDR for a path, for a container's health check, where there is no curl. It
-// prints the answer, and returns the exit code: 0 when it was 200, else 1. It blocks for three seconds at most.
+// Ask asks the listener that serves HTTP_ADDR for a path, for a container's health check, where there is no curl. It prints the
+// answer, and returns the exit code: 0 when it was 200, else 1. It blocks for three seconds at most.
 func Ask(lookup func(string) (string, bool), path string, stdout io.Writer) (code int) {
 	addr, _ := lookup("HTTP_ADDR")
 	host, port, err := net.SplitHostPort(addr)

@@ -9,8 +9,8 @@ import (
 	"github.com/pglistener/pglistener/internal/notify"
 )
 
-// Exposition writes figures in the Prometheus text format. Those of one name are brought together, as the format asks, in
-// the order in which the names first come.
+// Exposition writes figures in the Prometheus text format. Those of one name are brought together, as the format asks, in the
+// order in which the names first come.
 func Exposition(stats []notify.Stat) []byte {
 	var names []string
 	families := map[string][]notify.Stat{}

@@ -12,19 +12,18 @@ import (
 
 var startedAt = time.Now()
 
-// process are the figures of the process and of Go's runtime that every dashboard has, under the names that Prometheus's
-// own clients give them.
+// process are the figures of the process and of Go's runtime that every dashboard has, under the names that Prometheus's own
+// clients give them.
 func process() []notify.Stat {
 	gauge := func(name, help string, value float64) notify.Stat {
 		return notify.Stat{Name: name, Kind: "gauge", Help: help, Value: value}
 	}
-	samples := []metrics.Sample{{Name: "/sched/goroutines:goroutines"}, {Name: "/memory/classes/heap/objects:bytes"}, {Name: "/gc/cycles/total:gc-cycles"}}
+	samples := []metrics.Sample{{Name: "/sched/goroutines:goroutines"}, {Name: "/memory/classes/heap/objects:bytes"}}
 	metrics.Read(samples)
 	stats := []notify.Stat{
 		gauge("process_start_time_seconds", "When the process started, in seconds since 1970.", float64(startedAt.UnixMilli())/1000),
 		gauge("go_goroutines", "Goroutines.", float64(samples[0].Value.Uint64())),
 		gauge("go_memstats_alloc_bytes", "Memory of objects in the heap.", float64(samples[1].Value.Uint64())),
-		{Name: "go_gc_cycles_total", Kind: "counter", Help: "Garbage collections.", Value: float64(samples[2].Value.Uint64())},
 	}
 	// The rest is there on Linux only.
 	if pages, ok := procField("/proc/self/statm", 1); ok {
@@ -41,8 +40,8 @@ func process() []notify.Stat {
 	return stats
 }
 
-// procField is a number in a file of /proc, counted from 0; in stat, whose second field is the program's name in
-// parentheses, after that.
+// procField is a number in a file of /proc, counted from 0; in stat, whose second field is the program's name in parentheses,
+// after that.
 func procField(path string, n int) (value float64, ok bool) {
 	data, err := os.ReadFile(path)
 	if err != nil {

@@ -15,13 +15,12 @@ type Settings struct {
 	Format string `env:"LOG_FORMAT,default=text" oneof:"text json" usage:"text or json, on stderr"`
 }
 
-// New makes a plain logger that writes to w as the settings say; unknown words mean the defaults. It blocks for as long as
-// w blocks: the program uses Open.
+// New makes a plain logger that writes to w as the settings say; unknown words mean the defaults. It blocks for as long as w
+// blocks: the program uses Open.
 func New(s Settings, w io.Writer) *slog.Logger { return slog.New(newHandler(s, w)) }
 
-// Open makes the program's logger and the Writer through which it writes to out. Logging is synchronous while out takes
-// lines, and drops them while out blocks, as Writer.Write says; the line that tells how many is written at every
-// LOG_LEVEL.
+// Open makes the program's logger and the Writer through which it writes to out. Logging is synchronous while out takes lines,
+// and drops them while out blocks, as Writer.Write says; the line that tells how many is written at every LOG_LEVEL.
 func Open(s Settings, out io.Writer) (*slog.Logger, *Writer) {
 	w := newWriter(out, func(n uint64) []byte {
 		var line bytes.Buffer
@@ -34,9 +33,9 @@ func Open(s Settings, out io.Writer) (*slog.Logger, *Writer) {
 	return slog.New(&handler{Handler: newHandler(s, w), sure: newHandler(s, f), formatter: f, w: w}), w
 }
 
-// Write logs at level INFO a line that must not be lost, because it is the work itself. It waits until the line has been
-// written or ctx ends; any goroutine may call it. Of a logger that Open made, its error is that of Writer.WriteContext; of
-// any other, its handler's. When LOG_LEVEL leaves out INFO it returns nil at once.
+// Write logs at level INFO a line that must not be lost, because it is the work itself. It waits until the line has been written
+// or ctx ends; any goroutine may call it. Of a logger that Open made, its error is that of Writer.WriteContext; of any other, its
+// handler's. When LOG_LEVEL leaves out INFO it returns nil at once.
 func Write(ctx context.Context, log *slog.Logger, msg string, args ...any) error {
 	if !log.Enabled(ctx, slog.LevelInfo) {
 		return nil
@@ -49,9 +48,9 @@ func Write(ctx context.Context, log *slog.Logger, msg string, args ...any) error
 // sureKey marks the context of a record that must not be dropped.
 type sureKey struct{}
 
-// handler formats records for a Writer. It has two handlers of slog with the same attributes, because each holds a lock of
-// its own while it writes: the embedded one writes to w, which is bounded, and sure writes to formatter only, so that a
-// sure record that waits holds no lock that another record needs.
+// handler formats records for a Writer. It has two handlers of slog with the same attributes, because each holds a lock of its
+// own while it writes: the embedded one writes to w, which is bounded, and sure writes to formatter only, so that a sure record
+// that waits holds no lock that another record needs.
 type handler struct {
 	slog.Handler
 	sure      slog.Handler
@@ -59,8 +58,7 @@ type handler struct {
 	w         *Writer
 }
 
-// formatter keeps the line that handler.sure has formatted last. Whoever holds lock, which is taken by sending, owns the
-// rest.
+// formatter keeps the line that handler.sure has formatted last. Whoever holds lock, which is taken by sending, owns the rest.
 type formatter struct {
 	lock chan struct{}
 	line []byte

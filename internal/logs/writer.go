@@ -18,14 +18,13 @@ const (
 	room     = 64 << 10               // bytes of ordinary lines kept while it is stuck
 )
 
-// Writer writes whole lines to an io.Writer that may block for ever, without ever blocking for long itself. All methods
-// may be called from any goroutine.
+// Writer writes whole lines to an io.Writer that may block for ever, without ever blocking for long itself. All methods may be
+// called from any goroutine.
 //
-// A write(2) that blocks cannot be cancelled: an inherited stderr has no deadlines, and O_NONBLOCK would change it for
-// everybody who shares it. So the writes are made by one goroutine, to which a caller hands its line and then waits with a
-// bound. That costs 1 to 2 µs a line: two switches, which the scheduler mostly makes on the same thread, and a timer.
-// Cheaper would be a caller that writes for itself, but then the first one that finds the pipe full is lost, and it may be
-// the listener's loop.
+// A write(2) that blocks cannot be cancelled: an inherited stderr has no deadlines, and O_NONBLOCK would change it for everybody
+// who shares it. So the writes are made by one goroutine, to which a caller hands its line and then waits with a bound. That
+// costs 1 to 2 µs a line: two switches, which the scheduler mostly makes on the same thread, and a timer. Cheaper would be a
+// caller that writes for itself, but then the first one that finds the pipe full is lost, and it may be the listener's loop.
 type Writer struct {
 	out    io.Writer             // out and torn are used only by run's goroutine
 	torn   bool                  // the last write ended within a line
@@ -82,11 +81,11 @@ func newWriter(out io.Writer, report func(n uint64) []byte) *Writer {
 	return w
 }
 
-// Write writes p, which is one whole line. It returns when the line has been written, or after 100 ms at the latest. Once
-// a line has waited that long in vain, out counts as stuck until all such lines have been written, and Write returns at
-// once: it keeps 64 kB of lines, and drops and counts what comes after them. When out takes lines again, it gets the kept
-// ones in order, one that says how many were dropped, and then what follows. A line for which out returns an error is
-// dropped too. Write always returns len(p) and nil.
+// Write writes p, which is one whole line. It returns when the line has been written, or after 100 ms at the latest. Once a line
+// has waited that long in vain, out counts as stuck until all such lines have been written, and Write returns at once: it keeps
+// 64 kB of lines, and drops and counts what comes after them. When out takes lines again, it gets the kept ones in order, one
+// that says how many were dropped, and then what follows. A line for which out returns an error is dropped too. Write always
+// returns len(p) and nil.
 func (w *Writer) Write(p []byte) (int, error) {
 	l := newLine(p, false)
 	w.mu.Lock()
@@ -122,10 +121,10 @@ func (w *Writer) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// WriteContext writes p, which is one whole line and is never dropped nor counted as dropped: it waits until p has been
-// written, in its turn, or ctx ends. It returns nil only if p has been written whole, the error of out, os.ErrClosed after
-// Close, or an error that wraps the cause of ctx. In the last case p is not written later, unless its write had begun;
-// that one line may then appear, and appears twice when the caller tries again.
+// WriteContext writes p, which is one whole line and is never dropped nor counted as dropped: it waits until p has been written,
+// in its turn, or ctx ends. It returns nil only if p has been written whole, the error of out, os.ErrClosed after Close, or an
+// error that wraps the cause of ctx. In the last case p is not written later, unless its write had begun; that one line may then
+// appear, and appears twice when the caller tries again.
 func (w *Writer) WriteContext(ctx context.Context, p []byte) error {
 	if ctx.Err() != nil {
 		return notWritten(ctx)
@@ -180,8 +179,8 @@ func (w *Writer) Stats() []notify.Stat {
 	return []notify.Stat{{Name: "pglistener_log_lines_dropped_total", Kind: "counter", Help: "Log lines that were dropped because stderr did not take them.", Value: float64(w.Dropped())}}
 }
 
-// Close writes what is queued and ends the Writer's goroutine; later lines are dropped. If out is stuck it returns an
-// error after 100 ms, and the goroutine ends when out has taken or refused what is queued. It does not close out.
+// Close writes what is queued and ends the Writer's goroutine; later lines are dropped. If out is stuck it returns an error after
+// 100 ms, and the goroutine ends when out has taken or refused what is queued. It does not close out.
 func (w *Writer) Close() error {
 	w.mu.Lock()
 	w.closed = true
@@ -265,8 +264,8 @@ func (w *Writer) finish(l *line, err error) {
 	l.done <- err
 }
 
-// markGap queues the report of the lines dropped, unless it is queued. While out is stuck Write drops what comes after it,
-// so that it tells of all of them. mu is held.
+// markGap queues the report of the lines dropped, unless it is queued. While out is stuck Write drops what comes after it, so
+// that it tells of all of them. mu is held.
 func (w *Writer) markGap(at int) {
 	if !w.gapped {
 		w.gapped = true

@@ -45,8 +45,8 @@ func (o *Outbox) claim(stop context.Context) {
 	}
 }
 
-// fetch claims rows, and returns how many. When fewer than room are due, next is when to look again. What it finds out is
-// known to Ready at once.
+// fetch claims rows, and returns how many. When fewer than room are due, next is when to look again. What it finds out is known
+// to Ready at once.
 func (o *Outbox) fetch(room int) (claimed int, next time.Duration, err error) {
 	defer func() { o.readable(err, "") }()
 	if err = o.keepSchedule(); err != nil {
@@ -70,8 +70,8 @@ func (o *Outbox) fetch(room int) (claimed int, next time.Duration, err error) {
 	return len(jobs), min(next, due), err
 }
 
-// keepSchedule makes sure of the row of NAME_SCHEDULE, at the start and then at most once a minute: somebody may have
-// deleted it. Without a schedule a row that is left over goes at the start.
+// keepSchedule makes sure of the row of NAME_SCHEDULE, at the start and then at most once a minute: somebody may have deleted it.
+// Without a schedule a row that is left over goes at the start.
 func (o *Outbox) keepSchedule() error {
 	if !o.kept.IsZero() && (o.options.Schedule == "" || time.Since(o.kept) < time.Minute) {
 		return nil
@@ -86,8 +86,8 @@ func (o *Outbox) keepSchedule() error {
 // scheduleKey is the key of the row of NAME_SCHEDULE.
 const scheduleKey = "pglistener schedule"
 
-// await waits until something is said on c, stop ends, or d has passed. Meanwhile it gives back what has been claimed for
-// too long.
+// await waits until something is said on c, stop ends, or d has passed. Meanwhile it gives back what has been claimed for too
+// long.
 func (o *Outbox) await(stop context.Context, expiry <-chan time.Time, c <-chan struct{}, d time.Duration) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -122,8 +122,7 @@ func (o *Outbox) room() (rows int, wait time.Duration) {
 		}
 		return 1, 0
 	}
-	// Slow jobs are claimed as slots come free, quick ones ahead, so that a round trip to the server is not what they wait
-	// for.
+	// Slow jobs are claimed as slots come free, quick ones ahead, so that a round trip to the server is not what they wait for.
 	ahead := prefetchRows
 	if o.handling > 0 {
 		ahead = min(ahead, int(time.Duration(o.options.Concurrency)*prefetchTime/o.handling))
@@ -144,8 +143,8 @@ func (o *Outbox) room() (rows int, wait time.Duration) {
 	return max(free, ahead-len(o.buffer)), time.Hour
 }
 
-// expire has rows given back that were claimed ahead and wait for jobs that have turned slow: another replica may have a
-// free slot, and their lease must outlive the handler.
+// expire has rows given back that were claimed ahead and wait for jobs that have turned slow: another replica may have a free
+// slot, and their lease must outlive the handler.
 func (o *Outbox) expire() {
 	o.mu.Lock()
 	defer o.mu.Unlock()

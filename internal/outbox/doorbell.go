@@ -6,15 +6,15 @@ import (
 	"github.com/pglistener/pglistener/internal/notify"
 )
 
-// doorbell is a handler that runs when it is called, and by the schedule of a row of the outbox, so that replicas and
-// restarts agree; never twice at once in this process.
+// doorbell is a handler that runs when it is called, and by the schedule of a row of the outbox, so that replicas and restarts
+// agree; never twice at once in this process.
 type doorbell struct {
 	*Outbox
 	exclusive notify.Handler
 }
 
-// NewDoorbell makes a handler for a doorbell with a schedule. The row stands under a channel of its own, for a NOTIFY
-// about the row is no ring.
+// NewDoorbell makes a handler for a doorbell with a schedule. The row stands under a channel of its own, for a NOTIFY about the
+// row is no ring.
 func NewDoorbell(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (notify.Handler, error) {
 	turn := make(chan struct{}, 1)
 	exclusive := notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {

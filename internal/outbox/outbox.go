@@ -1,5 +1,5 @@
-// Package outbox is the mode outbox: a notification on the channel is only a hint; the work is the rows of a table, and
-// every row is handled at least once, whatever is killed (DESIGN section 6).
+// Package outbox is the mode outbox: a notification on the channel is only a hint; the work is the rows of a table, and every row
+// is handled at least once, whatever is killed (DESIGN section 6).
 package outbox
 
 import (
@@ -30,15 +30,14 @@ type Options struct {
 	DSN     string        // of the database
 	Timeout time.Duration // of every answer of the server
 
-	// Next returns the next time of a schedule after now; nominal is the time of the run before. The zero time means
-	// never. Without it rows that have a schedule fail.
+	// Next returns the next time of a schedule after now; nominal is the time of the run before. The zero time means never.
+	// Without it rows that have a schedule fail.
 	Next func(schedule string, nominal, now time.Time) (time.Time, error)
 	// Schedule is that of the one row that the channel always has; "" if it has none.
 	Schedule string
 }
 
-// Outbox drains the rows of one channel. It is a notify.Handler of which Handle and CatchUp only wake it; Run does the
-// work.
+// Outbox drains the rows of one channel. It is a notify.Handler of which Handle and CatchUp only wake it; Run does the work.
 type Outbox struct {
 	channel string
 	handler notify.Handler
@@ -101,8 +100,8 @@ const (
 	prefetchBytes = 16 << 20
 )
 
-// New makes an Outbox that gives the rows of its channel to h, through the connections of pool. Call Run once; it releases
-// the pool.
+// New makes an Outbox that gives the rows of its channel to h, through the connections of pool. Call Run once; it releases the
+// pool.
 func New(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (*Outbox, error) {
 	t, err := parseTable(options.Table)
 	if err != nil {
@@ -113,16 +112,9 @@ func New(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (*Ou
 		return nil, err
 	}
 	o := &Outbox{
-		channel: setup.Channel,
-		handler: h,
-		log:     setup.Log,
-		pool:    pool,
-		options: options,
-		margin:  10 * time.Second,
-		retry:   retry.Backoff{Min: 2 * time.Second, Max: time.Hour},
-		wake:    make(chan struct{}, 1),
-		written: make(chan struct{}, 1),
-		taken:   make(chan struct{}, 1),
+		channel: setup.Channel, handler: h, log: setup.Log, pool: pool, options: options,
+		margin: 10 * time.Second, retry: retry.Backoff{Min: 2 * time.Second, Max: time.Hour},
+		wake: make(chan struct{}, 1), written: make(chan struct{}, 1), taken: make(chan struct{}, 1),
 	}
 	o.ready = sync.NewCond(&o.mu)
 	o.health.retrying = map[int64]time.Time{}
@@ -187,8 +179,8 @@ func (o *Outbox) Run(stop, quit context.Context) {
 	select {
 	case <-finished:
 	case <-quit.Done():
-		// Handlers that obey their context are done in a moment, and their rows can still be written as failed; the
-		// others' rows are due again when their lease ends.
+		// Handlers that obey their context are done in a moment, and their rows can still be written as failed; the others' rows
+		// are due again when their lease ends.
 		select {
 		case <-finished:
 		case <-time.After(2 * time.Second):

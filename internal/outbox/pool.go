@@ -11,8 +11,8 @@ import (
 	"github.com/pglistener/pglistener/internal/pgconn"
 )
 
-// Pool is the two connections that all outbox channels of a process share: one to claim, one to complete. It connects when
-// it is first used, and closes them when the last channel has ended. The zero Pool is ready.
+// Pool is the two connections that all outbox channels of a process share: one to claim, one to complete. It connects when it is
+// first used, and closes them when the last channel has ended. The zero Pool is ready.
 type Pool struct {
 	mu       sync.Mutex
 	db       *sql.DB
@@ -49,8 +49,8 @@ func (p *Pool) release(channel string) {
 	}
 }
 
-// lookForStrangers warns of rows that have been due for minutes on channels that this listener does not handle: perhaps
-// nobody does. It looks once a minute.
+// lookForStrangers warns of rows that have been due for minutes on channels that this listener does not handle: perhaps nobody
+// does. It looks once a minute.
 func (p *Pool) lookForStrangers(s store, log *slog.Logger) error {
 	p.mu.Lock()
 	handled, recent := slices.Clone(p.channels), time.Since(p.looked) < time.Minute

@@ -24,9 +24,9 @@ type counts struct {
 // countInterval is how old the counts of rows may be that this replica has changed.
 const countInterval = 15 * time.Second
 
-// count counts the rows, if it is time to, and returns when it is next: never sooner than a hundred times what it takes,
-// so that counting millions of rows costs the server a hundredth of one core; and not at all while nothing changes. The
-// first count waits until nothing is due: with a great backlog it takes long.
+// count counts the rows, if it is time to, and returns when it is next: never sooner than a hundred times what it takes, so that
+// counting millions of rows costs the server a hundredth of one core; and not at all while nothing changes. The first count waits
+// until nothing is due: with a great backlog it takes long.
 func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 	o.mu.Lock()
 	c := &o.counts
@@ -93,8 +93,7 @@ func (o *Outbox) Stats() []notify.Stat {
 	return append(stats, o.calls.Stats()...)
 }
 
-// oldest is since when the oldest row has been due that is known to wait, to be handled, or to be tried again. o.mu is
-// held.
+// oldest is since when the oldest row has been due that is known to wait, to be handled, or to be tried again. o.mu is held.
 func (o *Outbox) oldest() time.Time {
 	oldest := o.counts.oldest
 	earlier := func(t time.Time) {
@@ -138,8 +137,8 @@ type health struct {
 	retrying     map[int64]time.Time // the rows that failed and are tried again, with since when they have been due
 }
 
-// readable takes note of whether the table can be read. Finding a hint takes longer than the error itself, which must be
-// known at once.
+// readable takes note of whether the table can be read. Finding a hint takes longer than the error itself, which must be known at
+// once.
 func (o *Outbox) readable(err error, hint string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -10,12 +10,11 @@ import (
 	"github.com/lib/pq"
 )
 
-// store is the SQL of the outbox. All times are the server's. There is no context: each statement is short, and the
-// connection bounds it by PING_TIMEOUT; one that were cancelled while the server commits it would leave rows claimed by
-// nobody.
+// store is the SQL of the outbox. All times are the server's. There is no context: each statement is short, and the connection
+// bounds it by PING_TIMEOUT; one that were cancelled while the server commits it would leave rows claimed by nobody.
 //
-// A row is ours while its lease and its attempts are what they were when it was claimed: every claim changes one of them,
-// and an upsert neither. Whether an upsert has changed it since is seen by its xmin.
+// A row is ours while its lease and its attempts are what they were when it was claimed: every claim changes one of them, and an
+// upsert neither. Whether an upsert has changed it since is seen by its xmin.
 type store struct {
 	db      *sql.DB
 	table   table
@@ -96,8 +95,8 @@ const (
 )
 
 // end writes what became of rows: done, tried again, failed, or moved to their next time. A row that was changed while its
-// handler ran is released instead. One that an open transaction has locked is left alone, so that it holds up none of the
-// others. fates are by id.
+// handler ran is released instead. One that an open transaction has locked is left alone, so that it holds up none of the others.
+// fates are by id.
 func (s store) end(rows []ending) (fates map[int64]fate, err error) {
 	var ids, attempts pq.Int64Array
 	var waits, nexts pq.Float64Array
@@ -176,8 +175,8 @@ func byKey[K comparable, V any](rows *sql.Rows) (map[K]V, error) {
 	return all, rows.Err()
 }
 
-// giveBack undoes the claim of rows, and rings for whoever else listens. A row that was a try goes behind all that are
-// due, so that the next try is another.
+// giveBack undoes the claim of rows, and rings for whoever else listens. A row that was a try goes behind all that are due, so
+// that the next try is another.
 func (s store) giveBack(jobs []job) error {
 	var ids, attempts pq.Int64Array
 	var tries pq.BoolArray
@@ -203,14 +202,12 @@ func (s store) giveBack(jobs []job) error {
 }
 
 // now is the time of the server.
-func (s store) now() (time.Time, error) {
-	var seconds float64
-	err := s.db.QueryRow("select extract(epoch from clock_timestamp())::float8").Scan(&seconds)
-	return fromEpoch(seconds), err
+func (s store) now() (now time.Time, err error) {
+	err = s.db.QueryRow("select clock_timestamp()").Scan(&now)
+	return now, err
 }
 
-// keepSchedule makes sure that the channel has one row of this key with a schedule, or that it has none when the schedule
-// is "".
+// keepSchedule makes sure that the channel has one row of this key with a schedule, or that it has none when the schedule is "".
 func (s store) keepSchedule(key, schedule string) error {
 	if schedule == "" {
 		_, err := s.exec(`delete from {table} where channel = $1 and key = $2 and failed_at is null`, s.channel, key)
@@ -254,8 +251,8 @@ func (s store) alive(ids []int64) ([]int64, error) {
 	return alive, err
 }
 
-// strangers returns channels whose rows have been due for minutes although none of handled, which are those of this
-// listener, is their channel; with how many rows each has, up to a thousand. It reads one index entry a channel.
+// strangers returns channels whose rows have been due for minutes although none of handled, which are those of this listener, is
+// their channel; with how many rows each has, up to a thousand. It reads one index entry a channel.
 func (s store) strangers(handled []string) (map[string]int, error) {
 	rows, err := s.db.Query(s.table.sql(`
 		with recursive c (channel) as (

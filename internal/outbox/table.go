@@ -21,8 +21,8 @@ type table struct {
 	replacer *strings.Replacer
 }
 
-// parseTable reads OUTBOX_TABLE: NAME or SCHEMA.NAME. A part that contains a dot is written in double quotes; upper and
-// lower case are kept.
+// parseTable reads OUTBOX_TABLE: NAME or SCHEMA.NAME. A part that contains a dot is written in double quotes; upper and lower
+// case are kept.
 func parseTable(s string) (table, error) {
 	var parts []string
 	for rest := s; ; {

@@ -67,8 +67,8 @@ func (o *Outbox) work(quit context.Context) {
 	}
 }
 
-// judge finds out what a call says of the receiver: it pauses the channel or ends the pause. blamed is false when the
-// receiver was known to be away, so that the row spends no attempt. o.mu is held.
+// judge finds out what a call says of the receiver: it pauses the channel or ends the pause. blamed is false when the receiver
+// was known to be away, so that the row spends no attempt. o.mu is held.
 func (o *Outbox) judge(j job, err error) (blamed bool) {
 	now := time.Now()
 	if err == nil {
@@ -162,8 +162,8 @@ func (o *Outbox) giveBack(jobs []job) {
 	o.counts.givenBack += uint64(len(jobs))
 }
 
-// finish writes results: it deletes the rows that are done, and sets when the others run again or that they have failed.
-// Rows whose lease was lost stay as they are. It returns the results that could not be written.
+// finish writes results: it deletes the rows that are done, and sets when the others run again or that they have failed. Rows
+// whose lease was lost stay as they are. It returns the results that could not be written.
 func (o *Outbox) finish(results []result) (rest []result, err error) {
 	simple := map[int][]result{} // by attempts, which is nearly always 1
 	var others []result

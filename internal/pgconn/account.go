@@ -24,8 +24,8 @@ type State struct {
 	FailedAttempts int
 }
 
-// Account follows the listening connection, logs what happens to it and keeps the account of what may have been lost. It
-// is used by one goroutine; State may be copied.
+// Account follows the listening connection, logs what happens to it and keeps the account of what may have been lost. It is used
+// by one goroutine; State may be copied.
 type Account struct {
 	State
 	log       *slog.Logger
@@ -64,8 +64,8 @@ func (a *Account) Fail(what string, err error) {
 	}
 }
 
-// Lost takes note of the end of a connection. heard is when the last byte had come; unreadSince is since when nothing has
-// been read, so that the break may have gone unnoticed, or zero.
+// Lost takes note of the end of a connection. heard is when the last byte had come; unreadSince is since when nothing has been
+// read, so that the break may have gone unnoticed, or zero.
 func (a *Account) Lost(at, heard, unreadSince time.Time, err error) {
 	attrs := []any{"error", err}
 	if a.Listening {
@@ -85,8 +85,8 @@ func (a *Account) Lost(at, heard, unreadSince time.Time, err error) {
 	}
 }
 
-// Subscribed takes note of a subscription: every channel is LISTENed on c. proven is false while probes are being lost;
-// the gap then goes on until one comes back.
+// Subscribed takes note of a subscription: every channel is LISTENed on c. proven is false while probes are being lost; the gap
+// then goes on until one comes back.
 func (a *Account) Subscribed(at time.Time, c *Conn, channels []string, proven bool) {
 	a.Listening, a.Reason, a.Since = true, "", at
 	// local is client_addr and client_port in pg_stat_activity.

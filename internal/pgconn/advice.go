@@ -11,8 +11,8 @@ import (
 	"github.com/lib/pq/pqerror"
 )
 
-// Hopeless says whether waiting cannot mend what kept the first connection from being made: a wrong password, an unknown
-// role or database, TLS that cannot be verified or is not spoken. Of several hosts, all must be hopeless.
+// Hopeless says whether waiting cannot mend what kept the first connection from being made: a wrong password, an unknown role or
+// database, TLS that cannot be verified or is not spoken. Of several hosts, all must be hopeless.
 func Hopeless(err error) bool {
 	for _, e := range causes(err) {
 		if advise(e).waiting {
@@ -22,8 +22,8 @@ func Hopeless(err error) bool {
 	return true
 }
 
-// Advice returns what a person can do about an error that the server, TLS or the network gave. It is empty when the error
-// says all there is to say.
+// Advice returns what a person can do about an error that the server, TLS or the network gave. It is empty when the error says
+// all there is to say.
 func Advice(err error) string { return advise(err).text }
 
 // help is what to do about an error; waiting says whether it may go away by itself.

@@ -1,5 +1,5 @@
-// Package pgconn connects to PostgreSQL so that no wait is without a bound. It also knows what a connection string may
-// hold, what a server's error means and what a person can do about it.
+// Package pgconn connects to PostgreSQL so that no wait is without a bound. It also knows what a connection string may hold, what
+// a server's error means and what a person can do about it.
 package pgconn
 
 import (
@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// Conn is a connection that sets the deadlines of each read and write itself. A deadline is only set on entry to Read, so
-// a reader that is held up elsewhere, by a full queue, raises no false alarm.
+// Conn is a connection that sets the deadlines of each read and write itself. A deadline is only set on entry to Read, so a
+// reader that is held up elsewhere, by a full queue, raises no false alarm.
 type Conn struct {
 	net.Conn
 	timeout time.Duration // for a write, and for the first byte after it

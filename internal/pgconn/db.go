@@ -10,17 +10,15 @@ import (
 	"github.com/lib/pq"
 )
 
-// ErrBadDSN says how to write a connection string, and not what is wrong with this one: any piece of it may be the
-// password.
+// ErrBadDSN says how to write a connection string, and not what is wrong with this one: any piece of it may be the password.
 var ErrBadDSN = errors.New("not a valid connection string (not shown: it may hold a password); " +
 	"write postgres://user:password@host:port/database?sslmode=..., with any of % @ : / ? # and blanks in the password percent-encoded")
 
-// MaxIdentifier is NAMEDATALEN-1, the longest name that PostgreSQL keeps, in bytes: LISTEN cuts a longer channel in
-// silence and pg_notify rejects it, so such a channel would never hear anything (DESIGN fact 16).
+// MaxIdentifier is NAMEDATALEN-1, the longest name that PostgreSQL keeps, in bytes: LISTEN cuts a longer channel in silence and
+// pg_notify rejects it, so such a channel would never hear anything (DESIGN fact 16).
 const MaxIdentifier = 63
 
-// sqlDialer opens the connections of database/sql. As these are read only while an answer is due, the timeout bounds every
-// read.
+// sqlDialer opens the connections of database/sql. As these are read only while an answer is due, the timeout bounds every read.
 type sqlDialer struct{ timeout time.Duration }
 
 // Dial implements pq.Dialer.

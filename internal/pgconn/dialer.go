@@ -11,9 +11,9 @@ import (
 	"github.com/pglistener/pglistener/internal/retry"
 )
 
-// Dialer opens connections to the server for lib/pq's Listener and bounds every wait on them. lib/pq waits for a pong, a
-// LISTEN or a handshake without a limit and holds its lock meanwhile, so the limit has to be in the connection: when it
-// passes, lib/pq sees a read error and reconnects by itself (DESIGN section 2, facts 1, 5 and 12).
+// Dialer opens connections to the server for lib/pq's Listener and bounds every wait on them. lib/pq waits for a pong, a LISTEN
+// or a handshake without a limit and holds its lock meanwhile, so the limit has to be in the connection: when it passes, lib/pq
+// sees a read error and reconnects by itself (DESIGN section 2, facts 1, 5 and 12).
 //
 // All methods may be called from any goroutine, and none but the dials blocks.
 type Dialer struct {
@@ -37,8 +37,8 @@ type Dialer struct {
 // ErrStopping is what a dial returns after Refuse or Close.
 var ErrStopping = errors.New("listener is stopping")
 
-// NewDialer makes a Dialer. timeout bounds a dial, a write and the first byte of an answer to it, silence the time between
-// any two bytes.
+// NewDialer makes a Dialer. timeout bounds a dial, a write and the first byte of an answer to it, silence the time between any
+// two bytes.
 func NewDialer(timeout, silence time.Duration, b retry.Backoff) *Dialer {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &Dialer{timeout: timeout, silence: silence, backoff: b, ctx: ctx, cancel: cancel, epoch: time.Now()}
@@ -97,8 +97,8 @@ func (d *Dialer) Failed() {
 	d.delay = d.backoff.After(d.failures)
 }
 
-// Lost tells the dialer that a subscribed connection broke. The next attempt is made at once, unless connections break
-// again and again soon after they were made.
+// Lost tells the dialer that a subscribed connection broke. The next attempt is made at once, unless connections break again and
+// again soon after they were made.
 func (d *Dialer) Lost() {
 	d.mu.Lock()
 	defer d.mu.Unlock()

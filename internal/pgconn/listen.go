@@ -11,8 +11,7 @@ import (
 )
 
 // Ping is pq.Listener.Ping, which panics when the server answers with an error (DESIGN fact 9). It blocks until the server
-// answers or the connection's deadline passes; call it from another goroutine than the one that reads Notify (facts 1 and
-// 2).
+// answers or the connection's deadline passes; call it from another goroutine than the one that reads Notify (facts 1 and 2).
 func Ping(p *pq.Listener) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
@@ -22,10 +21,10 @@ func Ping(p *pq.Listener) (err error) {
 	return p.Ping()
 }
 
-// Listen LISTENs channels one after the other and repeats each until the server accepts it; lib/pq does it again on every
-// later connection. It blocks while the server is away (DESIGN fact 3), so call it on a goroutine of its own. It calls
-// report with each refusal, and at the end with nil, when every channel is known to lib/pq. It returns without that when
-// the listener or d is closed.
+// Listen LISTENs channels one after the other and repeats each until the server accepts it; lib/pq does it again on every later
+// connection. It blocks while the server is away (DESIGN fact 3), so call it on a goroutine of its own. It calls report with each
+// refusal, and at the end with nil, when every channel is known to lib/pq. It returns without that when the listener or d is
+// closed.
 func (d *Dialer) Listen(p *pq.Listener, channels []string, report func(error)) {
 	for _, channel := range channels {
 		for attempt := 1; ; attempt++ {

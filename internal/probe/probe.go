@@ -1,6 +1,6 @@
-// Package probe proves delivery. A ping proves that a socket answers; behind a pooler in transaction mode, or a proxy that
-// has swapped the session, it is answered for ever and nothing is delivered. Only a NOTIFY from another connection tells
-// the truth (DESIGN fact 14).
+// Package probe proves delivery. A ping proves that a socket answers; behind a pooler in transaction mode, or a proxy that has
+// swapped the session, it is answered for ever and nothing is delivered. Only a NOTIFY from another connection tells the truth
+// (DESIGN fact 14).
 package probe
 
 import (
@@ -51,8 +51,8 @@ type Status struct {
 	Lost       int           // probes that did not come back, in all
 }
 
-// Probe decides when to send a probe and what follows from the answer, or from none. It does no I/O of its own: its owner
-// sends, listens on Channel, waits for C, and calls the methods, all on one goroutine. None of them blocks.
+// Probe decides when to send a probe and what follows from the answer, or from none. It does no I/O of its own: its owner sends,
+// listens on Channel, waits for C, and calls the methods, all on one goroutine. None of them blocks.
 type Probe struct {
 	Channel string // of this process alone
 	C       <-chan time.Time
@@ -116,12 +116,12 @@ func (p *Probe) Unsubscribed() {
 	p.state = off
 }
 
-// Other counts a notification on another channel: what was sent earlier is still coming in, so a probe behind it is late
-// and not lost.
+// Other counts a notification on another channel: what was sent earlier is still coming in, so a probe behind it is late and not
+// lost.
 func (p *Probe) Other() { p.others++ }
 
-// Due is to be called when C has fired. reading says whether notifications are being read: while they are not, nothing can
-// be heard, and nothing follows from that.
+// Due is to be called when C has fired. reading says whether notifications are being read: while they are not, nothing can be
+// heard, and nothing follows from that.
 func (p *Probe) Due(reading bool) Step {
 	switch p.state {
 	case idle, lost:
@@ -150,9 +150,9 @@ func (p *Probe) send(reading bool) Step {
 	return Send
 }
 
-// Query is the statement to run in state sending. It returns a row of two columns, of which the second is how full the
-// server's NOTIFY queue is, 0 to 1. It has no parameters, since a pooler in transaction mode may not keep a prepared
-// statement; the values in it are our own letters and digits.
+// Query is the statement to run in state sending. It returns a row of two columns, of which the second is how full the server's
+// NOTIFY queue is, 0 to 1. It has no parameters, since a pooler in transaction mode may not keep a prepared statement; the values
+// in it are our own letters and digits.
 func (p *Probe) Query() string {
 	what := "null"
 	if p.nonce != "" {
@@ -227,8 +227,8 @@ func (p *Probe) Heard(payload string) (proof Proof, ok bool) {
 // Deaf says for how many probes in a row nothing has come back, and until when delivery was sure.
 func (p *Probe) Deaf() (inARow int, from time.Time) { return p.inARow, p.deafFrom }
 
-// lose reconnects once; if that does not help, the connection stays, and those handlers that can look for work do so at
-// every probe.
+// lose reconnects once; if that does not help, the connection stays, and those handlers that can look for work do so at every
+// probe.
 func (p *Probe) lose() Step {
 	p.state, p.nonce = lost, ""
 	if p.inARow == 0 {

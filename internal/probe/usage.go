@@ -6,15 +6,14 @@ import (
 	"github.com/pglistener/pglistener/internal/notify"
 )
 
-// Usage watches how full the server's NOTIFY queue is: when it is full, every transaction that notifies fails (DESIGN fact
-// 13).
+// Usage watches how full the server's NOTIFY queue is: when it is full, every transaction that notifies fails (DESIGN fact 13).
 type Usage struct {
 	Bounds [2]float64 // when to warn, and when to raise an error; 0 to 1
 	level  int        // how many of them were exceeded the last time
 }
 
-// Tell logs when a usage has crossed a bound. fullChannel is the channel whose full queue has stopped this listener from
-// reading, or "": it says who is to blame.
+// Tell logs when a usage has crossed a bound. fullChannel is the channel whose full queue has stopped this listener from reading,
+// or "": it says who is to blame.
 func (u *Usage) Tell(usage float64, fullChannel string, log *slog.Logger) {
 	exceeded := 0
 	for _, bound := range u.Bounds {

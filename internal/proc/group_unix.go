@@ -8,8 +8,8 @@ import (
 	"syscall"
 )
 
-// ownGroup has cmd start in a process group of its own, so that its children can be reached with it, and so that a
-// Ctrl-C in the terminal reaches the listener alone.
+// ownGroup has cmd start in a process group of its own, so that its children can be reached with it, and so that a Ctrl-C in the
+// terminal reaches the listener alone.
 func ownGroup(cmd *exec.Cmd) { cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} }
 
 func terminateGroup(p *os.Process) error {

@@ -34,8 +34,7 @@ func (s Settings) Environ() (all []string) {
 	return all
 }
 
-// Find returns the path of a program, which is looked for in PATH unless it has a slash. The error says what is wrong
-// with it.
+// Find returns the path of a program, which is looked for in PATH unless it has a slash. The error says what is wrong with it.
 func Find(program string) (path string, err error) {
 	path, err = exec.LookPath(program)
 	switch {
@@ -51,8 +50,8 @@ func Find(program string) (path string, err error) {
 	return path, checkShebang(path)
 }
 
-// checkShebang finds a script that was written on another system: the kernel takes the carriage return for a part of
-// the interpreter's name, and says only that there is no such file.
+// checkShebang finds a script that was written on another system: the kernel takes the carriage return for a part of the
+// interpreter's name, and says only that there is no such file.
 func checkShebang(path string) error {
 	f, err := os.Open(path)
 	if err != nil {
@@ -66,8 +65,8 @@ func checkShebang(path string) error {
 	return nil
 }
 
-// Command returns a command in a process group of its own. When ctx ends, the whole group is asked to end with
-// SIGTERM, and the program is killed after grace. After its end call KillGroup for what it leaves behind.
+// Command returns a command in a process group of its own. When ctx ends, the whole group is asked to end with SIGTERM, and the
+// program is killed after grace. After its end call KillGroup for what it leaves behind.
 func Command(ctx context.Context, grace time.Duration, path string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, path, args...)
 	ownGroup(cmd)

@@ -1,5 +1,5 @@
-// Package queue is what stands between the listener and the handler of one channel: it keeps the order, limits how many
-// handlers run at once and for how long, repeats what failed and survives what panicked.
+// Package queue is what stands between the listener and the handler of one channel: it keeps the order, limits how many handlers
+// run at once and for how long, repeats what failed and survives what panicked.
 package queue
 
 import (
@@ -32,8 +32,8 @@ type Options struct {
 	Secret   bool          // payloads are kept out of the log
 	Rung     bool          // a doorbell that runs when it is rung, and neither at starts and gaps nor every CatchUpInterval
 
-	// Times says when a doorbell rings by itself, if it does: for how long to wait until it is asked whether it is Due,
-	// and for which time. It is used by one goroutine at a time.
+	// Times says when a doorbell rings by itself, if it does: for how long to wait until it is asked whether it is Due, and for
+	// which time. It is used by one goroutine at a time.
 	Times interface {
 		Wait() time.Duration
 		Due() (nominal time.Time, due bool)
@@ -42,8 +42,8 @@ type Options struct {
 
 // Queue owns the notifications of one channel that wait, and the goroutines that handle them.
 //
-// Its methods never block for long, so that the select loop can call them from its goroutine; Stats may be called from
-// any. Handlers run on the queue's own goroutines, which exist only while there is work.
+// Its methods never block for long, so that the select loop can call them from its goroutine; Stats may be called from any.
+// Handlers run on the queue's own goroutines, which exist only while there is work.
 type Queue struct {
 	channel string
 	handle  call.Func
@@ -133,8 +133,8 @@ func (q *Queue) Start() {
 // Channel is the channel whose queue this is.
 func (q *Queue) Channel() string { return q.channel }
 
-// Offer takes n, or returns false: the queue is full, try again when Room says so. With OVERFLOW=drop, and once quit has
-// ended, it takes everything.
+// Offer takes n, or returns false: the queue is full, try again when Room says so. With OVERFLOW=drop, and once quit has ended,
+// it takes everything.
 func (q *Queue) Offer(n notify.Notification) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -245,8 +245,7 @@ func (q *Queue) run() {
 	}
 }
 
-// do calls f with n until it succeeds or nothing more can be done. q.mu is held on entry and on return, and not while f
-// runs.
+// do calls f with n until it succeeds or nothing more can be done. q.mu is held on entry and on return, and not while f runs.
 func (q *Queue) do(c *call.Caller, f call.Func, n notify.Notification) {
 	for n.Attempt = 1; ; n.Attempt++ {
 		q.mu.Unlock()

@@ -9,8 +9,8 @@ import (
 	"github.com/pglistener/pglistener/internal/retry"
 )
 
-// pause says whether a failed run of a doorbell was the receiver's fault, so that the channel waits for it and the run
-// spends no attempt. q.mu is held.
+// pause says whether a failed run of a doorbell was the receiver's fault, so that the channel waits for it and the run spends no
+// attempt. q.mu is held.
 func (q *Queue) pause(n notify.Notification, err error) (paused bool) {
 	if !q.options.Doorbell || !notify.IsUnavailable(err) {
 		return false

@@ -2,8 +2,8 @@ package retry
 
 import "time"
 
-// Breaker finds out that a receiver is away, and when to try whether it is back. It opens when several different items in
-// a row have failed because of the receiver and none has succeeded between. Its owner locks; the zero value is ready.
+// Breaker finds out that a receiver is away, and when to try whether it is back. It opens when several different items in a row
+// have failed because of the receiver and none has succeeded between. Its owner locks; the zero value is ready.
 type Breaker struct {
 	failed []string  // the different items that have failed in a row, while it is closed
 	since  time.Time // when it opened; zero while it is closed
@@ -18,8 +18,8 @@ const threshold = 3
 // breakerPause spaces the tries while a Breaker is open.
 var breakerPause = Backoff{Min: 2 * time.Second, Max: time.Minute}
 
-// Fail counts a failure of an item that was the receiver's. It returns whether the Breaker has just opened, and whether it
-// was open already: then the item is not to blame, and spends no attempt.
+// Fail counts a failure of an item that was the receiver's. It returns whether the Breaker has just opened, and whether it was
+// open already: then the item is not to blame, and spends no attempt.
 func (b *Breaker) Fail(item string, cause error, now time.Time) (opened, wasOpen bool) {
 	b.cause = cause
 	if b.Open() {
@@ -58,8 +58,8 @@ func (b *Breaker) Since() (time.Time, error) { return b.since, b.cause }
 // Tries is how many tries have failed since it opened.
 func (b *Breaker) Tries() int { return b.tries }
 
-// Try says whether to try now, while it is open; if not, when. A try that is begun is followed by the next one after slow
-// at the latest, answered or not: an item that is never answered must not be taken for the receiver.
+// Try says whether to try now, while it is open; if not, when. A try that is begun is followed by the next one after slow at the
+// latest, answered or not: an item that is never answered must not be taken for the receiver.
 func (b *Breaker) Try(now time.Time, slow time.Duration) (wait time.Duration) {
 	if wait = b.next.Sub(now); wait > 0 {
 		return wait

@@ -7,12 +7,12 @@ import (
 	"time"
 )
 
-// Backoff spaces attempts: the wait doubles from Min to Max, with jitter, so that listeners which lost the same server do
-// not come back in step.
+// Backoff spaces attempts: the wait doubles from Min to Max, with jitter, so that listeners which lost the same server do not
+// come back in step.
 type Backoff struct{ Min, Max time.Duration }
 
-// After returns the wait after n failures in a row: between half and the whole of Min doubled n-1 times, capped at Max. It
-// is 0 for n = 0.
+// After returns the wait after n failures in a row: between half and the whole of Min doubled n-1 times, capped at Max. It is 0
+// for n = 0.
 func (b Backoff) After(n int) time.Duration {
 	if n <= 0 {
 		return 0
@@ -43,8 +43,8 @@ func Sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// Failures counts failures that may repeat for hours, and thins their log: of each kind it lets through the 1st, 2nd, 4th,
-// 8th, ... until there has been none for a minute. The zero value is ready. It is used by one goroutine at a time.
+// Failures counts failures that may repeat for hours, and thins their log: of each kind it lets through the 1st, 2nd, 4th, 8th,
+// ... until there has been none for a minute. The zero value is ready. It is used by one goroutine at a time.
 type Failures struct {
 	attempt int
 	alike   map[string]repeated

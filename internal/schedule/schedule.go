@@ -58,12 +58,12 @@ var fields = [...]field{
 	{"day of week", 0, 7, strings.Fields("sun mon tue wed thu fri sat"), "0-7, sun-sat"},
 }
 
-// Parse reads a schedule: five crontab fields, @hourly, @daily, @midnight, @weekly, @monthly, @yearly, @annually, or
-// @every with a duration from 1s to ten years such as 90s, 1h30m or 7d (a day is 24 hours). CRON_TZ=NAME or TZ=NAME before
-// it sets the time zone; otherwise it is zone, or UTC if zone is nil.
+// Parse reads a schedule: five crontab fields, @hourly, @daily, @midnight, @weekly, @monthly, @yearly, @annually, or @every with
+// a duration from 1s to ten years such as 90s, 1h30m or 7d (a day is 24 hours). CRON_TZ=NAME or TZ=NAME before it sets the time
+// zone; otherwise it is zone, or UTC if zone is nil.
 //
-// Fields are Vixie cron's: lists, ranges, steps (5/15 means 5-59/15), names in any case, 0 and 7 for Sunday. A date must
-// match both day fields, but when neither begins with * one is enough. L is the last day of the month.
+// Fields are Vixie cron's: lists, ranges, steps (5/15 means 5-59/15), names in any case, 0 and 7 for Sunday. A date must match
+// both day fields, but when neither begins with * one is enough. L is the last day of the month.
 //
 // The error is one line that says what is wrong and what is allowed. Parse may read the system's time zone files.
 func Parse(text string, zone *time.Location) (Schedule, error) {
@@ -209,15 +209,15 @@ func (f field) value(text string) (int, error) {
 // String returns the canonical text: fields for all but @every, and CRON_TZ if the text named a zone. Parse accepts it.
 func (s Schedule) String() string { return s.text }
 
-// Next returns the first time of the schedule after now, in its zone; the zero Time if there is none, as for 30 February.
-// It takes microseconds, and less than one millisecond in the worst case.
+// Next returns the first time of the schedule after now, in its zone; the zero Time if there is none, as for 30 February. It
+// takes microseconds, and less than one millisecond in the worst case.
 //
-// @every counts from nominal, the nominal time of the run before: nominal + k times the duration, for any integer k. If
-// nominal is zero it counts from now. Fields do not look at nominal.
+// @every counts from nominal, the nominal time of the run before: nominal + k times the duration, for any integer k. If nominal
+// is zero it counts from now. Fields do not look at nominal.
 //
-// Fields are about the zone's wall clock. If all hours are allowed, every minute that this clock shows counts, even if it
-// shows it twice, and minutes that it skips are missed. Otherwise each wall-clock time runs once: when the clock first
-// shows it, or in the first full minute after the gap if the clock skips it.
+// Fields are about the zone's wall clock. If all hours are allowed, every minute that this clock shows counts, even if it shows
+// it twice, and minutes that it skips are missed. Otherwise each wall-clock time runs once: when the clock first shows it, or in
+// the first full minute after the gap if the clock skips it.
 func (s Schedule) Next(nominal, now time.Time) time.Time {
 	if s.zone == nil || now.Unix() > farthest || now.Unix() < -farthest {
 		return time.Time{}
@@ -236,8 +236,8 @@ func (s Schedule) Next(nominal, now time.Time) time.Time {
 	return now.Add(s.every - since).In(s.zone)
 }
 
-// nextMatch walks through the stretches of time in which the zone's offset stays the same, and ends one at now. It begins
-// before now to learn which wall-clock times have come already.
+// nextMatch walks through the stretches of time in which the zone's offset stays the same, and ends one at now. It begins before
+// now to learn which wall-clock times have come already.
 func (s Schedule) nextMatch(now int64) time.Time {
 	limit := now + horizon
 	unseen := int64(math.MinInt64) // the first full minute that the wall clock has not shown or skipped
@@ -276,8 +276,8 @@ func (s Schedule) stretch(at, limit int64) (offset, end int64) {
 	return int64(seconds), min(end, limit)
 }
 
-// match returns the first full minute in [from, end) that the fields allow. All three are wall-clock times, as the Unix
-// times at which UTC shows them.
+// match returns the first full minute in [from, end) that the fields allow. All three are wall-clock times, as the Unix times at
+// which UTC shows them.
 func (s Schedule) match(from, end int64) (int64, bool) {
 	for midnight := roundUp(from+1, day) - day; midnight < end; midnight += day {
 		t := time.Unix(midnight, 0).UTC()

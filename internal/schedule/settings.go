@@ -27,8 +27,8 @@ func (s Settings) Clock() *Clock {
 }
 
 // Clock says when the times of a schedule come, by this machine's clock. Times that were missed, because the clock was set
-// forward or the machine slept, are made up for once; none is repeated when it is set back. It is used by one goroutine at
-// a time.
+// forward or the machine slept, are made up for once; none is repeated when it is set back. It is used by one goroutine at a
+// time.
 type Clock struct {
 	times func(nominal, now time.Time) time.Time
 	wall  func() time.Time
@@ -60,8 +60,8 @@ func (c *Clock) Due() (nominal time.Time, due bool) {
 	return nominal, true
 }
 
-// Next returns the next time after now of a schedule in the default zone; nominal is that of the run before. The zero time
-// means never.
+// Next returns the next time after now of a schedule in the default zone; nominal is that of the run before. The zero time means
+// never.
 func Next(text string, nominal, now time.Time) (time.Time, error) {
 	s, err := Parse(text, zone())
 	return s.Next(nominal, now), err

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// supervisor is systemd, if it has started this process; otherwise nobody, and nothing is sent. It is used by one
-// goroutine and never blocks for long.
+// supervisor is systemd, if it has started this process; otherwise nobody, and nothing is sent. It is used by one goroutine and
+// never blocks for long.
 type supervisor struct {
 	conn     net.Conn
 	watchdog time.Duration // WatchdogSec; 0 when there is none
@@ -21,8 +21,8 @@ type supervisor struct {
 	log      *slog.Logger
 }
 
-// Start connects to NOTIFY_SOCKET, if it is set, and returns how often, at the latest every preset, to call beat with
-// how things stand. Nothing is sent when it is not set. The socket is open until the process ends.
+// Start connects to NOTIFY_SOCKET, if it is set, and returns how often, at the latest every preset, to call beat with how things
+// stand. Nothing is sent when it is not set. The socket is open until the process ends.
 func Start(preset time.Duration, lookup func(string) (string, bool), log *slog.Logger) (every time.Duration, beat func(listening, stopping bool, notReady error)) {
 	s := connect(lookup, log)
 	if s.watchdog > 0 {
@@ -52,8 +52,8 @@ func connect(lookup func(string) (string, bool), log *slog.Logger) *supervisor {
 	return s
 }
 
-// beat feeds the watchdog and tells systemd what has changed. The select loop calls it, so that systemd restarts a
-// loop that is stuck. listening is whether it has ever listened, notReady why it is not ready, or nil.
+// beat feeds the watchdog and tells systemd what has changed. The select loop calls it, so that systemd restarts a loop that is
+// stuck. listening is whether it has ever listened, notReady why it is not ready, or nil.
 func (s *supervisor) beat(listening, stopping bool, notReady error) {
 	if s.conn == nil {
 		return

@@ -1,5 +1,3 @@
-//go:build unix
-
 package webhook
 
 import (
@@ -85,7 +83,7 @@ func bare(address string, concurrency int) func() error {
 
 // signed is the handler, with one secret.
 func signed(b *testing.B, address string, concurrency int) func() error {
-	h, err := New(address, Settings{Secret: "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}, concurrency, notify.Setup{Log: slog.New(slog.DiscardHandler)})
+	h, err := New(address, Settings{Secret: "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}, nil, concurrency, notify.Setup{Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		b.Fatal(err)
 	}

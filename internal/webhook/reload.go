@@ -4,8 +4,8 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net/http"
-	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -25,7 +25,7 @@ const (
 // view is what one look at the settings and their files saw.
 type view struct {
 	settings Settings
-	problem  string         // why the settings could not be read again
+	problem  error          // why the settings could not be read again
 	files    [3]os.FileInfo // of settings.files; nil where there is none
 }
 
@@ -37,12 +37,15 @@ type prepared struct {
 	shield    *strings.Replacer // hides the secrets in a text
 }
 
-// hide returns text without the secrets.
-func (p *prepared) hide(text string) string { return p.shield.Replace(text) }
+// mask returns text without the secrets.
+func (p *prepared) mask(text string) string { return p.shield.Replace(text) }
 
-// prepare makes v's settings ready for use. old, which may be nil, is what is in use: its connections are kept
-// if the certificates are the same. The error is the first problem.
+// prepare makes v's settings ready for use. old, which may be nil, is what is in use: its connections are kept if the
+// certificates are the same. The error is the first problem.
 func (h *handler) prepare(v view, old *prepared) (*prepared, error) {
+	if v.problem != nil {
+		return nil, v.problem
+	}
 	parsed, problems := v.settings.parse()
 	if len(problems) > 0 {
 		return nil, problems[0]
@@ -76,21 +79,13 @@ func newTransport(config *tls.Config, concurrency int) *http.Transport {
 	t.MaxIdleConns, t.MaxIdleConnsPerHost = 0, concurrency // 0: no other limit
 	t.MaxResponseHeaderBytes = 64 << 10
 	t.DisableCompression = true // answers are short, or not read
-	// Without pings all requests of HTTP/2 would use a connection that a firewall has forgotten, each until its
-	// time limit.
+	// Without pings all requests of HTTP/2 would use a connection that a firewall has forgotten, each until its time limit.
 	t.HTTP2 = &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second}
-	t.Proxy = func(req *http.Request) (*url.URL, error) {
-		u, err := http.ProxyFromEnvironment(req)
-		if err != nil {
-			return nil, errors.New("HTTP_PROXY or HTTPS_PROXY is not a valid URL (not shown: it may hold a password)")
-		}
-		return u, nil
-	}
 	return t
 }
 
-// current returns what to make a request with. If the last look at the files is a second old it looks first; if
-// somebody else is looking it waits for that, but not for long: a disk that hangs must not stop the requests.
+// current returns what to make a request with. If the last look at the files is a second old it looks first; if somebody else is
+// looking it waits for that, but not for long: a disk that hangs must not stop the requests.
 func (h *handler) current(ctx context.Context) *prepared {
 	p := h.inUse.Load()
 	if h.reread == nil && p.from.settings.files() == [3]string{} || h.now().UnixNano() < h.lookAt.Load() {
@@ -106,13 +101,14 @@ func (h *handler) current(ctx context.Context) *prepared {
 		}
 		<-h.looking
 	case <-patience.C:
+		h.lookAt.Store(h.now().Add(lookEvery).UnixNano())
 	case <-ctx.Done():
 	}
 	return h.inUse.Load()
 }
 
-// look puts changed settings into use. Those that cannot be read are logged, and the old ones stay. It is called
-// with the token of looking.
+// look puts changed settings into use. Those that cannot be read are logged, and the old ones stay. It is called with the token
+// of looking.
 func (h *handler) look(ctx context.Context) {
 	v := h.see()
 	if v.same(h.seen) {
@@ -130,9 +126,6 @@ func (h *handler) look(ctx context.Context) {
 	h.seen = v
 	old := h.inUse.Load()
 	p, err := h.prepare(v, old)
-	if v.problem != "" {
-		err = errors.New(v.problem)
-	}
 	if err != nil {
 		h.setup.Log.Warn("the changed settings of the webhook cannot be used; the old ones stay in use", "error", err)
 		return
@@ -149,9 +142,7 @@ func (h *handler) see() (v view) {
 	v.settings = h.inUse.Load().from.settings
 	if h.reread != nil {
 		s, err := h.reread()
-		if err != nil {
-			v.problem = err.Error()
-		} else {
+		if v.problem = err; err == nil {
 			v.settings = s
 		}
 	}
@@ -170,7 +161,7 @@ func stat(s Settings) (files [3]os.FileInfo) {
 
 // same says whether nothing has changed from w to v.
 func (v view) same(w view) bool {
-	return v.settings == w.settings && v.problem == w.problem && v.sameFiles(w)
+	return v.settings == w.settings && fmt.Sprint(v.problem) == fmt.Sprint(w.problem) && v.sameFiles(w)
 }
 
 // sameFiles says whether the files are the same, under the same names.

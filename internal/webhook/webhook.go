@@ -1,5 +1,5 @@
-// Package webhook is the handlers http://... and https://...: it POSTs each notification to a URL, with the
-// headers of the Standard Webhooks specification.
+// Package webhook is the handlers http://... and https://...: it POSTs each notification to a URL, with the headers of the
+// Standard Webhooks specification.
 package webhook
 
 import (
@@ -9,8 +9,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptrace"
@@ -48,65 +50,46 @@ type handler struct {
 	seen    view          // what the last look saw
 }
 
-// New makes the handler of a URL, whose settings do not change but for the files of certificates.
-func New(address string, s Settings, concurrency int, setup notify.Setup) (notify.Handler, error) {
-	return NewReloading(address, s, nil, concurrency, setup)
-}
-
-// NewReloading makes the handler of a URL. concurrency is how many requests there may be at once: so many
-// connections are kept. reread, which may be nil, returns s as it is by now, for what came from a file that has
-// changed. It is called by one goroutine at a time and once a second at most (a few times more when something
-// has changed), and only while there are requests. No error shows the URL or a secret.
-func NewReloading(address string, s Settings, reread func() (Settings, error), concurrency int, setup notify.Setup) (notify.Handler, error) {
+// New makes the handler of a URL. concurrency is how many requests there may be at once: so many connections are kept.
+// reread, which may be nil, returns s as it is by now, for what came from a file that has changed. It is called by one goroutine
+// at a time and once a second at most (a few times more when something has changed), and only while there are requests. No error
+// shows the URL or a secret.
+func New(address string, s Settings, reread func() (Settings, error), concurrency int, setup notify.Setup) (notify.Handler, error) {
 	request, err := http.NewRequest(http.MethodPost, address, nil)
 	if err != nil || request.URL.Hostname() == "" {
 		// Not the error itself: the URL may hold a password.
 		scheme, _, _ := strings.Cut(address, ":")
 		return nil, fmt.Errorf("not a valid URL (not shown: it may hold a password); write %s://host/path", scheme)
 	}
-	u := request.URL
 	h := &handler{
-		request: request, shown: u.Scheme + "://" + u.Host, hidden: secretsIn(u),
+		request: request, shown: request.URL.Scheme + "://" + request.URL.Host, hidden: wordsOf(address),
 		concurrency: concurrency, setup: setup, reread: reread, now: time.Now, looking: make(chan struct{}, 1),
 	}
-	if u.User != nil {
-		password, _ := u.User.Password()
-		h.basic = "Basic " + base64.StdEncoding.EncodeToString([]byte(u.User.Username()+":"+password))
-		u.User = nil
+	if user := request.URL.User; user != nil {
+		password, _ := user.Password()
+		encoded := base64.StdEncoding.EncodeToString([]byte(user.Username() + ":" + password))
+		h.basic, h.hidden, request.URL.User = "Basic "+encoded, append(h.hidden, encoded), nil
 	}
-	v := view{settings: s, files: stat(s)}
-	p, err := h.prepare(v, nil)
+	h.seen = view{settings: s, files: stat(s)}
+	p, err := h.prepare(h.seen, nil)
 	if err != nil {
 		return nil, err
 	}
-	h.seen = v
 	h.inUse.Store(p)
 	return h, nil
 }
 
-// secretsIn returns what may be secret in a URL: its user, the parts of its path and the values of its query,
-// as written and as meant.
-func secretsIn(u *url.URL) (all []string) {
-	if u.User != nil {
-		password, _ := u.User.Password()
-		all = append(all, u.User.Username(), password, u.User.String())
-	}
-	all = append(all, strings.Split(u.EscapedPath(), "/")...)
-	all = append(all, strings.Split(u.Path, "/")...)
-	for pair := range strings.SplitSeq(u.RawQuery, "&") {
-		_, value, _ := strings.Cut(pair, "=")
-		all = append(all, value)
-	}
-	for _, values := range u.Query() {
-		all = append(all, values...)
-	}
-	return all
+// wordsOf returns the words of a URL but its scheme, as written and as meant: any of them may be secret.
+func wordsOf(address string) []string {
+	_, written, _ := strings.Cut(address, "://")
+	meant, _ := url.QueryUnescape(written)
+	return strings.FieldsFunc(written+" "+meant, func(r rune) bool { return strings.ContainsRune(" /?&=:@", r) })
 }
 
-// Handle implements notify.Handler: it POSTs n and returns nil for any 2xx. A receiver that cannot be reached,
-// or answers 429, 502, 503 or 504, is unavailable; the error has its Retry-After, if it has sent one. 410 is
-// permanent. Every other answer, and no answer to a request that has been written, is the notification's own
-// failure. ctx bounds it all.
+// Handle implements notify.Handler: it POSTs n and returns nil for any 2xx. A receiver that cannot be reached, or answers 429,
+// 502, 503 or 504, is unavailable; the error has its Retry-After, if it has sent one. 410 is permanent. Every other answer, and
+// no answer to a request that has been written, is the notification's own failure. ctx bounds it all. No error shows a secret,
+// even if the answer does.
 func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 	p := h.current(ctx)
 	var written atomic.Bool
@@ -116,10 +99,7 @@ func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 	p.fill(req, n, h.now())
 	res, err := p.transport.RoundTrip(req) // not Client.Do, which would follow redirects
 	if err != nil {
-		if !written.Load() {
-			return notify.Unavailable(fmt.Errorf("%s: %w", h.shown, hint(err)))
-		}
-		return fmt.Errorf("%s: %w", h.shown, h.afterRequest(err, p))
+		return h.unanswered(ctx, err, written.Load(), p)
 	}
 	defer res.Body.Close()
 	answer := io.LimitReader(res.Body, maxAnswer)
@@ -132,7 +112,7 @@ func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 	}
 	err = fmt.Errorf("%s: status %d", h.shown, res.StatusCode)
 	if text, _ := io.ReadAll(answer); h.setup.LogPayloads {
-		err = fmt.Errorf("%w: %q", err, notify.Cut(p.hide(strings.TrimSpace(string(text))), shownAnswer))
+		err = fmt.Errorf("%w: %q", err, notify.Cut(p.mask(strings.TrimSpace(string(text))), shownAnswer))
 	}
 	switch res.StatusCode {
 	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
@@ -143,22 +123,25 @@ func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 	return notify.RetryAfter(err, h.retryAfter(res.Header.Get("Retry-After")))
 }
 
-// afterRequest returns what may be shown of an error that came after the request was written. net/http quotes
-// an answer that is not HTTP, and it may repeat the request.
-func (h *handler) afterRequest(err error, p *prepared) error {
+// unanswered returns what Handle returns for a request without an answer. net/http quotes an answer that is not HTTP, and it may
+// repeat the request.
+func (h *handler) unanswered(ctx context.Context, err error, written bool, p *prepared) error {
+	if !written || refused(err) {
+		return notify.Unavailable(fmt.Errorf("%s: %w", h.shown, hint(err)))
+	}
 	var network net.Error
-	if errors.As(err, &network) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
-		errors.Is(err, context.Canceled) || errors.Is(err, notify.ErrHandlerTimeout) || errors.Is(err, notify.ErrShutdownTimeout) {
-		return err
+	cause := context.Cause(ctx)
+	switch {
+	case errors.As(err, &network), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), cause != nil && errors.Is(err, cause):
+		return fmt.Errorf("%s: %w", h.shown, err)
+	case h.setup.LogPayloads:
+		return fmt.Errorf("%s: no valid answer: %s", h.shown, notify.Cut(p.mask(err.Error()), shownAnswer))
 	}
-	if h.setup.LogPayloads {
-		return fmt.Errorf("no valid answer: %s", notify.Cut(p.hide(err.Error()), shownAnswer))
-	}
-	return errors.New("no valid answer (not shown: it may repeat the payload)")
+	return fmt.Errorf("%s: no valid answer (not shown: it may repeat the payload)", h.shown)
 }
 
-// fill completes req: its body, and the headers. The id is the same at every attempt, so that the receiver can
-// drop repeats; the timestamp is that of this attempt.
+// fill completes req: its body, and the headers. The id is the same at every attempt, so that the receiver can drop repeats; the
+// timestamp is that of this attempt.
 func (p *prepared) fill(req *http.Request, n notify.Notification, now time.Time) {
 	id, timestamp := n.ID(), strconv.FormatInt(now.Unix(), 10)
 	// What is signed ends with the body.
@@ -177,9 +160,7 @@ func (p *prepared) fill(req *http.Request, n notify.Notification, now time.Time)
 		values = append(values, value)
 		req.Header[name] = values[len(values)-1 : len(values) : len(values)]
 	}
-	for name, value := range p.header {
-		req.Header[name] = value
-	}
+	maps.Copy(req.Header, p.header)
 	contentType := "text/plain; charset=utf-8"
 	if json.Valid(body) {
 		contentType = "application/json"
@@ -195,11 +176,15 @@ func (p *prepared) fill(req *http.Request, n notify.Notification, now time.Time)
 	if !n.RunAt.IsZero() {
 		set("Pglistener-Run-At", n.RunAt.UTC().Format(time.RFC3339Nano))
 	}
-	if len(p.signers) > 0 {
-		signatures := make([]string, len(p.signers))
-		for i, s := range p.signers {
-			signatures[i] = "v1," + s.sign(signed)
-		}
+	var signatures []string
+	for _, pool := range p.macs {
+		mac := pool.Get().(hash.Hash)
+		mac.Reset()
+		mac.Write(signed)
+		signatures = append(signatures, "v1,"+base64.StdEncoding.EncodeToString(mac.Sum(nil)))
+		pool.Put(mac)
+	}
+	if len(signatures) > 0 {
 		set("Webhook-Signature", strings.Join(signatures, " "))
 	}
 }

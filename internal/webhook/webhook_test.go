@@ -21,7 +21,7 @@ import (
 // hook makes the http handler for a receiver.
 func hook(t *testing.T, address string, s Settings) *handler {
 	t.Helper()
-	h, err := New(address, s, 1, notify.Setup{Log: testkit.NewLogs(t).Logger(), LogPayloads: true})
+	h, err := New(address, s, nil, 1, notify.Setup{Log: testkit.NewLogs(t).Logger(), LogPayloads: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,8 +64,9 @@ func TestWebhookSignature(t *testing.T) {
 	t.Parallel()
 	h := hook(t, "https://localhost/", Settings{Secret: "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"})
 	h.now = func() time.Time { return time.Unix(1614265330, 0) }
-	header := http.Header{}
-	h.sign(header, notify.Notification{Key: "msg_p5jXN8AQM9LWM0D4loKWxJek", Payload: `{"test": 2432232314}`})
+	req := &http.Request{}
+	h.current(t.Context()).fill(req, notify.Notification{Key: "msg_p5jXN8AQM9LWM0D4loKWxJek", Payload: `{"test": 2432232314}`}, h.now())
+	header := req.Header
 	if got, want := header.Get("webhook-signature"), "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="; got != want {
 		t.Errorf("%s, want %s", got, want)
 	}
@@ -152,7 +153,7 @@ func TestWebhookNetworkErrors(t *testing.T) {
 	tls := httptest.NewTLSServer(http.HandlerFunc(testkit.Accept))
 	tls.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)
 	defer tls.Close()
-	if err := hook(t, tls.URL, Settings{}).Handle(t.Context(), notify.Notification{}); !notify.IsUnavailable(err) {
+	if err := hook(t, tls.URL, Settings{}).Handle(t.Context(), notify.Notification{}); !notify.IsUnavailable(err) || !strings.Contains(err.Error(), "set WEBHOOK_CA_FILE") {
 		t.Errorf("certificate: %v", err)
 	}
 	// An answer without end is read up to a bound, and no longer than the time limit.
@@ -195,7 +196,7 @@ func TestWebhookReusesConnections(t *testing.T) {
 func TestWebhookAnswerIsKeptOut(t *testing.T) {
 	t.Parallel()
 	r := testkit.NewReceiver(t, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no hunter2 here", http.StatusBadRequest) })
-	h, err := New(r.URL, Settings{}, 1, notify.Setup{Log: testkit.NewLogs(t).Logger()})
+	h, err := New(r.URL, Settings{}, nil, 1, notify.Setup{Log: testkit.NewLogs(t).Logger()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -208,7 +209,7 @@ func TestWebhookLeavesALineAtDebug(t *testing.T) {
 	t.Parallel()
 	r := testkit.NewReceiver(t, testkit.Accept)
 	lg := testkit.NewLogs(t)
-	h, err := New(r.URL, Settings{}, 1, notify.Setup{Log: lg.Logger()})
+	h, err := New(r.URL, Settings{}, nil, 1, notify.Setup{Log: lg.Logger()})
 	if err != nil {
 		t.Fatal(err)
 	}
