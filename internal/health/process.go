@@ -25,7 +25,6 @@ func process() []notify.Stat {
 		gauge("go_goroutines", "Goroutines.", float64(samples[0].Value.Uint64())),
 		gauge("go_memstats_alloc_bytes", "Memory of objects in the heap.", float64(samples[1].Value.Uint64())),
 	}
-	// The rest is there on Linux only.
 	if pages, ok := procField("/proc/self/statm", 1); ok {
 		stats = append(stats, gauge("process_resident_memory_bytes", "Resident memory.", pages*float64(os.Getpagesize())))
 	}
