@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -104,6 +105,10 @@ func TestNoSecretIsShown(t *testing.T) {
 // SIGHUP stops as SIGTERM does, unless it was ignored at the start, as nohup has it.
 func TestSIGHUP(t *testing.T) {
 	t.Parallel()
+	// The tests themselves may have been started by nohup, and what is ignored is inherited; what is caught is not.
+	caught := make(chan os.Signal, 1)
+	signal.Notify(caught, syscall.SIGHUP)
+	defer signal.Stop(caught)
 	p := runProgram(t, fast(testkit.DSN(t), testkit.ChannelName(t)))
 	p.Wait(t, "listening", 1)
 	p.signal(t, syscall.SIGHUP)

@@ -99,11 +99,18 @@ func TestOutageOfAReceiver(t *testing.T) {
 	if err := r.Ready(); err != nil {
 		t.Errorf("not ready within the first minute of a pause: %v", err)
 	}
+	r.mu.Lock()
+	next := r.breaker.Try(time.Now(), 0) // when the next try is due
+	r.mu.Unlock()
 	h.away.Store(false)
 	back := time.Now()
-	testkit.Eventually(t, "not all were delivered", func() bool { return h.count() == total })
-	if took := h.first.Sub(back); took > 10*time.Second { // after six seconds the pause is at most eight
-		t.Errorf("the first request came %v after it was back", took)
+	for deadline := back.Add(next + testkit.Patience); h.count() < total; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d of %d were delivered", h.count(), total)
+		}
+	}
+	if took := h.first.Sub(back); took > next+2*time.Second {
+		t.Errorf("the first request came %v after it was back, and the next try was due after %v", took, next)
 	}
 	if took := h.last.Sub(h.first); took > 5*time.Second {
 		t.Errorf("the last was delivered %v after the first", took)
