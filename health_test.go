@@ -116,15 +116,7 @@ func TestMetricsUnderLoad(t *testing.T) {
 		}
 	}
 
-	promtool, err := exec.LookPath("promtool")
-	if err != nil {
-		if promtool, err = filepath.Abs("bin/promtool"); err == nil {
-			_, err = os.Stat(promtool)
-		}
-	}
-	if err != nil {
-		testkit.Skip(t, "promtool is missing: "+err.Error())
-	}
+	promtool := findPromtool(t)
 	cmd := exec.Command(promtool, "check", "metrics")
 	cmd.Stdin = strings.NewReader(body)
 	if out, err := cmd.CombinedOutput(); err != nil || len(bytes.TrimSpace(out)) > 0 {
@@ -287,4 +279,48 @@ func listeningSockets(t *testing.T, pid int) int {
 		}
 	}
 	return n
+}
+
+// findPromtool returns the path of promtool.
+func findPromtool(t *testing.T) string {
+	t.Helper()
+	promtool, err := exec.LookPath("promtool")
+	if err != nil {
+		if promtool, err = filepath.Abs("bin/promtool"); err == nil {
+			_, err = os.Stat(promtool)
+		}
+	}
+	if err != nil {
+		testkit.Skip(t, "promtool is missing: "+err.Error())
+	}
+	return promtool
+}
+
+// TestAlerts has promtool test the alerts, and compares their metrics with those that are served.
+func TestAlerts(t *testing.T) {
+	t.Parallel()
+	if out, err := exec.Command(findPromtool(t), "test", "rules", "deploy/alerts_test.yml").CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+	served := testkit.ReadFile(t, "docs/metrics.md") // which another test compares with /metrics
+	names := regexp.MustCompile(`pglistener_[a-z_]+`).FindAllString(testkit.ReadFile(t, "deploy/alerts.yml"), -1)
+	if len(names) < 6 {
+		t.Errorf("only %d metrics in the alerts", len(names))
+	}
+	for _, name := range names {
+		if !strings.Contains(served, "`"+name+"`") {
+			t.Errorf("an alert is about %s, which nobody serves", name)
+		}
+	}
+}
+
+// An address that cannot be served ends the start, and -check says so.
+func TestAddressThatIsNone(t *testing.T) {
+	t.Parallel()
+	for _, addr := range []string{"8080", "localhost", "host:"} {
+		out := problemsOf(t, vars{"DATABASE_URL": "postgres://localhost/x", "CHANNELS": "a", "HTTP_ADDR": addr})
+		if !strings.Contains(out, "HTTP_ADDR: ") || !strings.Contains(out, "write :8080") || strings.Count(out, "\n") != 1 {
+			t.Errorf("%s: %q", addr, out)
+		}
+	}
 }
