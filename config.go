@@ -17,7 +17,7 @@ import (
 // Config is every variable: its own, and those that the packages declare.
 type Config struct {
 	DatabaseURL string `env:"DATABASE_URL" file:"true" usage:"connection string, URL or key=value; if empty, the standard PG* variables"`
-	Channels    string `env:"CHANNELS" usage:"required; comma-separated channel[=[mode:]handler]"`
+	Channels    string `env:"CHANNELS" quotes:"keep" usage:"required; comma-separated channel[=[mode:]handler]"`
 
 	Listener Settings
 	Channel  ChannelSettings

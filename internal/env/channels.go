@@ -25,20 +25,28 @@ type Route struct {
 // Spec is the handler as it is written in CHANNELS.
 func (r Route) Spec() string { return strings.TrimSuffix(r.Handler+":"+r.Arg, ":") }
 
-// Shown is the mode and the handler without what may be a secret: of a URL the scheme and the host, of a program not the
-// arguments.
+// Shown is the mode and the handler without what may be a secret: of a URL the scheme and the host, of a command the
+// program, of append the file, of others the name.
 func (r Route) Shown() string {
-	shown := r.Spec()
-	if u, err := url.Parse(shown); strings.Contains(shown, "://") {
-		shown = r.Handler + "://..."
-		if err == nil {
+	shown := r.Handler
+	switch words, err := Words(r.Arg); {
+	case strings.HasPrefix(r.Handler, "http"):
+		shown += "://..."
+		// Where the user or password has a slash, what looks like the host is a piece of them.
+		if u, err := url.Parse(r.Spec()); err == nil && u.Host != "" && !strings.Contains(u.Path+u.RawQuery+u.Fragment, "@") {
 			shown = u.Scheme + "://" + u.Host
 		}
-	} else if words, err := Words(r.Arg); err == nil && len(words) > 1 {
-		shown = fmt.Sprintf("%s:%s (%d arguments)", r.Handler, words[0], len(words)-1)
+	case r.Handler == "append":
+		shown = r.Spec()
+	case isCommand(r.Handler) && err == nil && len(words) > 0 && !strings.Contains(words[0], "="): // as in PASSWORD=x ./program
+		if shown += ":" + words[0]; len(words) > 1 {
+			shown += fmt.Sprintf(" (%d arguments)", len(words)-1)
+		}
 	}
 	return r.Mode + " " + shown
 }
+
+func isCommand(handler string) bool { return handler == "exec" || handler == "pipe" }
 
 // Warning is about a channel that is allowed and hardly ever meant; "" is none.
 func (r Route) Warning() string {
@@ -60,48 +68,55 @@ func ParseChannels(s string, lookup Lookuper, known Known) (routes []Route, prob
 	if err := separators(s); err != nil {
 		return nil, []error{fmt.Errorf("CHANNELS: %w", err)}
 	}
-	seen := map[string]bool{}
-	before := ""
+	seen, open := map[string]bool{}, false // open: what follows may be a piece of a handler that has a comma
 	for i, entry := range strings.Split(s, ",") {
-		variable := "CHANNELS"
 		channel, spec, given := strings.Cut(entry, "=")
 		channel, spec = strings.TrimSpace(channel), strings.TrimSpace(spec)
-		err := channelName(channel, i, before)
-		before = entry
-		if long, set := longForm(lookup, channel); err == nil && set {
-			if given {
-				err = fmt.Errorf("channel %q has a handler here and in %sHANDLER; leave one of them out", channel, Prefix(channel))
-			} else {
-				variable, spec, given = Prefix(channel)+"HANDLER", long, true
-			}
+		variable, long := "CHANNELS", Prefix(channel)+"HANDLER"
+		err := channelName(channel)
+		if value, _ := lookup(long); err == nil && Unquote(value) != "" && given {
+			err = fmt.Errorf("has a handler here and in %s; leave one of them out", long)
+		} else if err == nil && Unquote(value) != "" {
+			variable, spec, given = long, Unquote(value), true
 		}
 		r, bad := parseHandler(spec, given, known)
 		r.Channel, r.Variable = channel, variable
 		switch {
 		case err != nil:
 		case seen[channel]:
-			err = fmt.Errorf("channel %q is listed twice", channel)
-		case bad != nil:
-			err = fmt.Errorf("channel %q %w", channel, bad)
+			err = errors.New("is listed twice")
+		case open && !given && !simple.MatchString(channel):
+			err = errors.New("has no name of a channel")
+		default:
+			err = bad
 		}
 		seen[channel] = true
-		if err != nil {
-			problems = append(problems, fmt.Errorf("%s: %w", variable, err))
-			continue
+		who := fmt.Sprintf("channel %q", channel)
+		switch {
+		case open && variable == "CHANNELS":
+			who = fmt.Sprintf("entry %d is not shown, for it may be the rest of a handler before it, and one with a comma goes into a variable such as ORDERS_HANDLER: it", i+1)
+		case channel == "":
+			who = fmt.Sprintf("entry %d", i+1)
+		case !simple.MatchString(channel) || len(channel) > pgconn.MaxIdentifier:
+			who = fmt.Sprintf("the channel of entry %d", i+1)
 		}
-		routes = append(routes, r)
+		if err == nil {
+			routes = append(routes, r)
+		} else {
+			problems = append(problems, fmt.Errorf("%s: %s %w", variable, who, err))
+		}
+		// Nothing secret can follow a file or a program without arguments.
+		harmless := r.Arg == "" || variable != "CHANNELS" || (isCommand(r.Handler) || r.Handler == "append") && !strings.ContainsAny(r.Arg, " \t'\"\\=")
+		open = open || !harmless || strings.ContainsAny(channel, "@?&%") || strings.Contains(channel, "://")
 	}
 	return routes, problems
 }
 
-// longForm is the value of NAME_HANDLER.
-func longForm(lookup Lookuper, channel string) (string, bool) {
-	value, _ := lookup(Prefix(channel) + "HANDLER")
-	value = Unquote(value)
-	return value, value != ""
-}
-
-var plainNames = regexp.MustCompile(`^[\w.-]+(=\S*)?([;\s]+[\w.-]+(=\S*)?)+$`)
+var (
+	simple     = regexp.MustCompile(`^[\pL_][\pL\pN_.$-]*$`) // a name that is no piece of a URL or a command
+	lineBreak  = regexp.MustCompile(`[^,\s]\s*[\r\n]\s*[^,\s]`)
+	plainNames = regexp.MustCompile(`^[\w.-]+(=\S*)?([;\s]+[\w.-]+(=\S*)?)+$`)
+)
 
 // separators finds a list that is written as if for another program.
 func separators(s string) error {
@@ -111,30 +126,25 @@ func separators(s string) error {
 		return errors.New("not set; name the channels to listen on, such as CHANNELS=orders,jobs=doorbell:log")
 	case n > 1 && (trimmed[0] == '"' || trimmed[0] == '\'') && trimmed[n-1] == trimmed[0]:
 		return errors.New("the value has quotes around it, which docker's --env-file keeps: write it without")
-	case strings.ContainsAny(s, "\r\n"):
+	case lineBreak.MatchString(trimmed):
 		return errors.New("the value has line breaks: put commas between channels")
 	case plainNames.MatchString(s) && strings.Contains(s, ";"):
-		return errors.New("channels are separated by commas, not by semicolons")
+		return errors.New("channels are separated by commas, not by semicolons; a handler that has one goes into a variable such as ORDERS_HANDLER")
 	}
 	return nil
 }
 
-// channelName returns what is wrong with the name of entry i. What follows a comma in a handler looks like a channel, so a name
-// is shown only if it can be no piece of a secret; before is the entry before.
-func channelName(channel string, i int, before string) error {
-	_, spec, given := strings.Cut(before, "=")
-	if given && strings.ContainsAny(spec, "/ ") && strings.ContainsAny(channel, "&?/@:% ") {
-		return fmt.Errorf("entry %d is not shown, for it looks like the rest of the handler before it: a handler with a comma goes into a variable of its own, such as ORDERS_HANDLER", i+1)
-	}
+// channelName returns what is wrong with the name of a channel.
+func channelName(channel string) error {
 	switch {
 	case channel == "":
-		return fmt.Errorf("entry %d has no channel name", i+1)
+		return errors.New("has no channel name")
 	case strings.Contains(channel, "://"):
-		return fmt.Errorf("entry %d is a URL; write CHANNEL=URL", i+1)
+		return errors.New("is a URL; write CHANNEL=URL")
 	case len(channel) > pgconn.MaxIdentifier:
-		return fmt.Errorf("the channel of entry %d has %d bytes; PostgreSQL allows %d", i+1, len(channel), pgconn.MaxIdentifier)
+		return fmt.Errorf("has %d bytes; PostgreSQL allows %d", len(channel), pgconn.MaxIdentifier)
 	case !utf8.ValidString(channel) || strings.ContainsRune(channel, 0):
-		return fmt.Errorf("the channel of entry %d is not valid UTF-8", i+1)
+		return errors.New("is not valid UTF-8")
 	}
 	return nil
 }

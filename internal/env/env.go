@@ -23,6 +23,7 @@ import (
 //	usage:"..."               its meaning, for -h, docs/settings.md and .env.example
 //	file:"true"               NAME_FILE may name a file that holds the value, which is a secret
 //	oneof:"a b"               it is one of these words
+//	quotes:"keep"             quotes around the whole belong to the value
 //	only:"channel"            it counts with a channel's prefix alone
 //	min:"0" max:"100"         bounds of a number or a duration; without them 1 to a million, more than 0 to a year
 //
@@ -50,19 +51,23 @@ func DecodeFor(target any, lookup Lookuper, channel string) (set []string, probl
 	return d.set, problems
 }
 
-// DecodeChannels decodes a copy of base for each channel. It returns them, and the prefixed names that are set, by channel.
+// DecodeChannels decodes a copy of base for each channel. It returns them, and the prefixed names that are set, by
+// channel. Two channels that would both read a variable are an error.
 func DecodeChannels[T any](base T, routes []Route, lookup Lookuper) (all map[string]T, set map[string][]string, problems []error) {
 	all, set = map[string]T{}, map[string][]string{}
-	var every []string
+	readers := map[string]string{} // the channel that reads a variable
 	for _, r := range routes {
 		s := base
 		names, wrong := DecodeFor(&s, lookup, r.Channel)
 		all[r.Channel], set[r.Channel], problems = s, names, append(problems, wrong...)
-		if every = append(every, names...); r.Variable != "CHANNELS" {
-			every = append(every, r.Variable)
+		for _, name := range append(names, r.Variable) {
+			if other := readers[name]; other != "" && name != "CHANNELS" {
+				problems = append(problems, fmt.Errorf("%s: it is for channel %q as well as for %q; rename one of the channels", name, other, r.Channel))
+			}
+			readers[name] = r.Channel
 		}
 	}
-	return all, set, append(problems, Collisions(routes, every)...)
+	return all, set, problems
 }
 
 // Prefix is what stands before the name of a variable that is for one channel alone: the channel in upper case, with an
@@ -143,7 +148,7 @@ func (d *decoder) value(name string) (string, error) {
 			continue
 		}
 		d.names[name] = prefix + name
-		value, err := lookupValue(d.lookup, prefix+name, v.File)
+		value, err := v.find(d.lookup, prefix+name)
 		if value == "" && err == nil {
 			continue
 		}
@@ -155,12 +160,14 @@ func (d *decoder) value(name string) (string, error) {
 	return "", nil
 }
 
-// lookupValue returns the value of a variable, or what is in the file that NAME_FILE names.
-func lookupValue(lookup Lookuper, name string, file bool) (string, error) {
+// find returns the value of a variable, or what is in the file that NAME_FILE names.
+func (v Variable) find(lookup Lookuper, name string) (string, error) {
 	value, _ := lookup(name)
-	value = Unquote(value)
+	if v.field.Tag.Get("quotes") != "keep" {
+		value = Unquote(value)
+	}
 	path, _ := lookup(name + "_FILE")
-	if !file || path == "" {
+	if path = Unquote(path); !v.File || path == "" {
 		return value, nil
 	}
 	if value != "" {
@@ -182,7 +189,10 @@ func lookupValue(lookup Lookuper, name string, file bool) (string, error) {
 func Unquote(value string) string {
 	value = strings.TrimSpace(value)
 	if n := len(value); n > 1 && (value[0] == '\'' || value[0] == '"') && value[n-1] == value[0] {
-		return value[1 : n-1]
+		double := value[0] == '"'
+		if value = value[1 : n-1]; double {
+			value = strings.NewReplacer(`\\`, `\`, `\"`, `"`, `\$`, `$`, "\\`", "`").Replace(value)
+		}
 	}
 	return value
 }

@@ -3,7 +3,6 @@ package env
 import (
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -104,13 +103,18 @@ func TestLimitsOfSanity(t *testing.T) {
 }
 
 func TestPrefixesThatCollide(t *testing.T) {
-	routes := []Route{{Channel: "user-events"}, {Channel: "user_events"}, {Channel: "orders"}}
-	if problems := Collisions(routes, []string{"ORDERS_CONCURRENCY"}); len(problems) > 0 {
-		t.Errorf("neither is set: %v", problems)
-	}
-	problems := Collisions(routes, []string{"USER_EVENTS_CONCURRENCY"})
-	if len(problems) != 1 || !strings.Contains(problems[0].Error(), `USER_EVENTS_CONCURRENCY: it is for channel "user-events" as well as for "user_events"`) {
-		t.Errorf("%v", problems)
+	for variable, collides := range map[string]bool{
+		"USER_EVENTS_CONCURRENCY": true, "USER_EVENTS_HANDLER": true, "ORDERS_CONCURRENCY": false, "CONCURRENCY": false, "USER_EVENTS_NEW_CONCURRENCY": false,
+	} {
+		e := environ{variable: map[bool]string{true: "log", false: "7"}[strings.HasSuffix(variable, "_HANDLER")]}
+		routes, _ := ParseChannels("user-events-new,user-events,user_events,orders", e.lookup, known)
+		all, set, problems := DecodeChannels(settings{}, routes, e.lookup)
+		if collides != (len(problems) == 1 && problems[0].Error() == variable+`: it is for channel "user-events" as well as for "user_events"; rename one of the channels`) || len(problems) > 1 {
+			t.Errorf("%s: %v", variable, problems)
+		}
+		if len(all) != 4 || (variable == "ORDERS_CONCURRENCY") != (all["orders"].Concurrency == 7 && slices.Equal(set["orders"], []string{variable})) && variable != "CONCURRENCY" {
+			t.Errorf("%s: %+v %v", variable, all, set)
+		}
 	}
 }
 
@@ -118,11 +122,15 @@ var known = Known{Handlers: []string{"append", "exec", "http", "https", "log"}, 
 
 func TestChannels(t *testing.T) {
 	for s, want := range map[string]string{
-		"orders":                       "orders plain log",
-		" a = log , b=doorbell:log":    "a plain log|b doorbell log",
-		"a=outbox:https://h/x?y=1":     "a outbox https://h/x?y=1",
-		`Käse "n' Brot; drop table x;`: `Käse "n' Brot; drop table x; plain log`,
-		"a=exec:./p 'two words' x":     "a plain exec:./p 'two words' x",
+		"orders":                           "orders plain log",
+		" a = log , b=doorbell:log":        "a plain log|b doorbell log",
+		"a=outbox:https://h/x?y=1":         "a outbox https://h/x?y=1",
+		`Käse "n' Brot; drop table x;`:     `Käse "n' Brot; drop table x; plain log`,
+		"a=exec:./p 'two words' x":         "a plain exec:./p 'two words' x",
+		" orders,\n  jobs ,b=log\r\n":      "orders plain log|jobs plain log|b plain log",
+		`"orders"=log`:                     `"orders" plain log`,
+		"a=https://h/x,jobs,tenant:42=log": "a plain https://h/x|jobs plain log|tenant:42 plain log",
+		"tenant:42,tenant 43,a/b,me@x=log": "tenant:42 plain log|tenant 43 plain log|a/b plain log|me@x plain log",
 	} {
 		routes, problems := ParseChannels(s, environ{}.lookup, known)
 		var got []string
@@ -193,11 +201,19 @@ func TestWhatIsShownOfAHandler(t *testing.T) {
 		"outbox:https://h/hunter2":                "outbox https://h",
 		"https://u:hunter2%zz@h/":                 "plain https://...",
 		"exec:./drain --password hunter2 x":       "plain exec:./drain (3 arguments)",
+		`exec:"./my drain" 'hunter2 x'`:           "plain exec:./my drain (1 arguments)",
+		"exec:PASSWORD=hunter2 ./drain":           "plain exec",
+		"exec:./drain 'hunter2":                   "plain exec",
+		"https://u:12/hunter2@h/":                 "plain https://...",
+		"https://hunter2/x@h/":                    "plain https://...",
+		"https:hunter2":                           "plain https://...",
+		"kafka:user:hunter2@b":                    "plain kafka",
+		"append:/two words":                       "plain append:/two words",
 		"doorbell:exec:./drain":                   "doorbell exec:./drain",
 		"append:/var/log/journal":                 "plain append:/var/log/journal",
 		"log":                                     "plain log",
 	} {
-		routes, problems := ParseChannels("a", environ{"A_HANDLER": spec}.lookup, known)
+		routes, problems := ParseChannels("a", environ{"A_HANDLER": spec}.lookup, Known{Handlers: append([]string{"kafka"}, known.Handlers...), Modes: known.Modes})
 		if len(problems) > 0 || routes[0].Shown() != want {
 			t.Errorf("%s: %v %v", spec, routes, problems)
 		}
@@ -259,6 +275,7 @@ func TestMisspeltVariables(t *testing.T) {
 		"CONCURENCY": "CONCURRENCY", "CHANNEL": "CHANNELS", "PING_INTERVALL": "PING_INTERVAL", "HANDLER_TIMOUT": "HANDLER_TIMEOUT",
 		"OUTBOX_TABEL": "OUTBOX_TABLE", "DATABSE_URL": "DATABASE_URL", "ORDERS_CONCURENCY": "ORDERS_CONCURRENCY", "ORDER_CONCURRENCY": "ORDERS_CONCURRENCY",
 		"USEREVENTS_HANDLER": "USER_EVENTS_HANDLER", "HTTP_ADDR_FILE": "HTTP_ADDR cannot come from a file",
+		"SCHEDULE": "ORDERS_SCHEDULE", "HANDLER": "ORDERS_HANDLER", "ORDERS_OVERFLOWS": "ORDERS_OVERFLOW", "OVERFLAWS": "",
 		"PATH": "", "HOME": "", "LANG": "", "PGHOST": "", "DATABASE_URL": "", "ORDERS_HANDLER": "", "BILLING_HANDLER_TIMEOUT": "", "SHLVL": "", "XDG_RUNTIME_DIR": "",
 		"HOSTNAME": "", "TERM": "", "JOURNAL_STREAM": "", "INVOCATION_ID": "", "KUBERNETES_PORT": "", "HTTP_PROXY": "",
 	} {
@@ -268,51 +285,6 @@ func TestMisspeltVariables(t *testing.T) {
 			t.Errorf("%s: %v, want %q", name, warnings, want)
 		case strings.Contains(strings.Join(warnings, ""), "hunter2"):
 			t.Errorf("%s: the value is shown", name)
-		}
-	}
-}
-
-// One file serves a shell, systemd and docker.
-func TestOneFileForShellSystemdAndDocker(t *testing.T) {
-	text := "# a comment\nCHANNELS=orders,jobs,report\n" +
-		`ORDERS_HANDLER='exec:./bin "two words" x'` + "\nJOBS_HANDLER=doorbell:log\n" + `REPORT_SCHEDULE='CRON_TZ=Europe/Berlin 0 3 * * *'` + "\n"
-	path := filepath.Join(t.TempDir(), ".env")
-	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	out, err := exec.Command("sh", "-c", "set -a; . "+path+"; env").Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	shell, systemd, docker := environ{}, environ{}, environ{}
-	for line := range strings.Lines(string(out)) {
-		name, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), "=")
-		shell[name] = value
-	}
-	for line := range strings.Lines(text) {
-		name, value, assigned := strings.Cut(strings.TrimSuffix(line, "\n"), "=")
-		if strings.HasPrefix(line, "#") || !assigned {
-			continue
-		}
-		docker[name] = value // everything, quotes and all
-		if n := len(value); n > 1 && value[0] == '\'' && value[n-1] == '\'' {
-			value = value[1 : n-1] // systemd removes quotes around a value
-		}
-		systemd[name] = value
-	}
-	for name, e := range map[string]environ{"shell": shell, "systemd": systemd, "docker": docker} {
-		routes, problems := ParseChannels(e["CHANNELS"], e.lookup, known)
-		if len(problems) > 0 || len(routes) != 3 {
-			t.Fatalf("%s: %v %v", name, routes, problems)
-		}
-		words, err := Words(routes[0].Arg)
-		if strings.Join(words, "|") != "./bin|two words|x" || err != nil || routes[1].Mode != "doorbell" {
-			t.Errorf("%s: %q %v", name, words, err)
-		}
-		var s settings
-		DecodeFor(&s, e.lookup, "report")
-		if s.Own != "CRON_TZ=Europe/Berlin 0 3 * * *" {
-			t.Errorf("%s: the schedule is %q", name, s.Own)
 		}
 	}
 }

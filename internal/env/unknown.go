@@ -6,39 +6,22 @@ import (
 	"strings"
 )
 
-// Collisions returns an error for each two channels whose variables have the same prefix, if one of them is set.
-func Collisions(routes []Route, set []string) (problems []error) {
-	first := map[string]string{}
-	for _, r := range routes {
-		p := Prefix(r.Channel)
-		other, taken := first[p]
-		if !taken {
-			first[p] = r.Channel
-			continue
-		}
-		if i := slices.IndexFunc(set, func(name string) bool { return strings.HasPrefix(name, p) }); i >= 0 {
-			problems = append(problems, fmt.Errorf("%s: it is for channel %q as well as for %q; rename one of the channels", set[i], other, r.Channel))
-		}
-	}
-	return problems
-}
-
 // Unknown returns a warning for each variable of environ that nobody reads and that resembles one that somebody does: those of
 // target, and those of channel, which may have a channel's prefix. No value is shown.
 func Unknown(environ []string, target, channel any, routes []Route) (warnings []string) {
 	known, perChannel := names(target), append(names(channel), "HANDLER")
-	var prefixes []string
+	known = slices.DeleteFunc(known, func(name string) bool {
+		v, _ := variableOf(target, name)
+		return v.field.Tag.Get("only") == "channel"
+	})
 	for _, r := range routes {
-		p := Prefix(r.Channel)
-		prefixes = append(prefixes, p)
 		for _, name := range perChannel {
-			known = append(known, p+name)
+			known = append(known, Prefix(r.Channel)+name)
 		}
 	}
-	slices.Sort(environ)
-	for _, v := range environ {
-		name, _, _ := strings.Cut(v, "=")
-		if slices.Contains(known, name) {
+	for _, v := range slices.Sorted(slices.Values(environ)) {
+		name, value, _ := strings.Cut(v, "=")
+		if value == "" || slices.Contains(known, name) {
 			continue
 		}
 		near := nearest(name, known)
@@ -46,13 +29,8 @@ func Unknown(environ []string, target, channel any, routes []Route) (warnings []
 			warnings = append(warnings, fmt.Sprintf("%s: nobody reads this variable; %s cannot come from a file", name, base))
 			continue
 		}
-		for _, each := range perChannel {
-			// Another program may have a HANDLER_TIMEOUT of its own: the prefix has to resemble one of ours.
-			if prefix, ok := strings.CutSuffix(name, each); ok && near == "" && prefix != "" {
-				if p := nearest(prefix, prefixes); p != "" {
-					near = p + each
-				}
-			}
+		if near == "" && slices.Contains(perChannel, name) && len(routes) > 0 {
+			near = Prefix(routes[0].Channel) + name
 		}
 		if near != "" {
 			warnings = append(warnings, fmt.Sprintf("%s: nobody reads this variable; did you mean %s?", name, near))
@@ -72,7 +50,7 @@ func names(target any) (all []string) {
 
 // nearest is the one of words that s is most likely to be a misspelling of, or "".
 func nearest(s string, words []string) string {
-	best, most := "", 1+len(s)/8 // so many letters may be wrong
+	best, most := "", 1+len(s)/12 // so many letters may be wrong
 	if len(s) < 4 {
 		return ""
 	}
