@@ -4,6 +4,7 @@ package main
 
 import (
 	"crypto/rand"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -39,7 +40,7 @@ func TestSystemd(t *testing.T) {
 			until := func(what string) {
 				t.Helper()
 				buf := make([]byte, 4096)
-				_ = sock.SetReadDeadline(time.Now().Add(testkit.Patience))
+				_ = sock.SetReadDeadline(time.Now().Add(stopBound))
 				for {
 					n, err := sock.Read(buf)
 					if err != nil {
@@ -92,23 +93,66 @@ func TestSystemd(t *testing.T) {
 	}
 }
 
-// TestSystemdUnit has systemd itself read the unit, and rate it.
+// TestSystemdUnit has systemd itself read the two units, and rate them.
 func TestSystemdUnit(t *testing.T) {
 	t.Parallel()
+	one := testkit.ReadFile(t, "deploy/pglistener.service")
+	many := testkit.ReadFile(t, "deploy/pglistener@.service")
 	analyze, err := exec.LookPath("systemd-analyze")
 	if err != nil {
 		testkit.Skip(t, "systemd-analyze is missing")
 	}
-	unit := filepath.Join(t.TempDir(), "pglistener.service")
-	text := strings.Replace(testkit.ReadFile(t, "deploy/pglistener.service"), "/usr/local/bin/pglistener", program(t), 1)
-	if err := os.WriteFile(unit, []byte(text), 0o644); err != nil {
-		t.Fatal(err)
+	for name, text := range map[string]string{"pglistener.service": one, "pglistener@orders.service": many,
+		"pglistener-secret.service": strings.NewReplacer("#Load", "Load", "#Env", "Env").Replace(one)} {
+		unit := filepath.Join(t.TempDir(), name)
+		if err := os.WriteFile(unit, []byte(strings.Replace(text, "/usr/local/bin/pglistener", program(t), 1)), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.Command(analyze, "verify", unit).CombinedOutput(); err != nil || strings.Contains(string(out), unit+":") {
+			t.Errorf("%s: verify: %v\n%s", name, err, out)
+		}
+		out, err := exec.Command(analyze, "security", "--offline=true", "--threshold=20", unit).CombinedOutput() // in tenths
+		if err != nil {
+			t.Errorf("%s: its exposure is more than 2.0 of 10: %v\n%s", name, err, out)
+		}
+		for _, want := range []string{"StateDirectory=pglistener", "RestartPreventExitStatus=2\n", "GOTRACEBACK=crash\n", "LoadCredential=database_url:/"} {
+			if !strings.Contains(text, want) {
+				t.Errorf("%s lacks %s", name, want)
+			}
+		}
+		if strings.Contains(text, "\nMemoryDenyWriteExecute=yes") {
+			t.Errorf("%s: node and Java cannot run under MemoryDenyWriteExecute", name)
+		}
 	}
-	if out, err := exec.Command(analyze, "verify", unit).CombinedOutput(); err != nil {
-		t.Errorf("verify: %v\n%s", err, out)
+	// The template is the unit with an instance's name in it.
+	if got := strings.NewReplacer("pglistener@orders", "pglistener", "pglistener@", "pglistener", " for %i", "", "pglistener/%i.env", "pglistener.env", "/%i.", "/", "/%i", "").Replace(many); got != one {
+		t.Errorf("pglistener@.service differs from pglistener.service in more than the name of its instance:\n%s", got)
 	}
-	out, err := exec.Command(analyze, "security", "--offline=true", "--threshold=20", unit).CombinedOutput() // in tenths
-	if err != nil {
-		t.Errorf("its exposure is more than 2.0 of 10: %v\n%s", err, out)
+}
+
+// TestCrashIsNoMistakeInTheSettings: the unit does not restart after exit code 2, which is Go's own for a crash too, unless
+// GOTRACEBACK says crash, as the unit does.
+func TestCrashIsNoMistakeInTheSettings(t *testing.T) {
+	t.Parallel()
+	for traceback, want := range map[string]string{"": "exit status 2", "crash": "signal: aborted"} {
+		cmd := exec.Command(program(t))
+		cmd.Dir = t.TempDir() // where a core file would go
+		cmd.Env = append(os.Environ(), "DATABASE_URL=postgres://127.0.0.1:1/x", "CHANNELS=orders", "GOTRACEBACK="+traceback)
+		log, err := cmd.StderrPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer time.AfterFunc(stopBound, func() { cmd.Process.Kill() }).Stop()
+		if _, err := log.Read(make([]byte, 1)); err != nil { // it runs
+			t.Fatal(err)
+		}
+		cmd.Process.Signal(syscall.SIGQUIT)
+		io.Copy(io.Discard, log)
+		if err := cmd.Wait(); err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("GOTRACEBACK=%s: a crash ends with %v, want %s", traceback, err, want)
+		}
 	}
 }

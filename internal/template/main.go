@@ -41,7 +41,7 @@ var features = map[string][]string{
 	"webhook":  {},
 	"health":   {"deploy/kubernetes.yaml", "deploy/alerts.yml", "deploy/alerts_test.yml"},
 	"schedule": {},
-	"sdnotify": {"deploy/pglistener.service"},
+	"sdnotify": {"deploy/pglistener.service", "deploy/pglistener@.service"},
 }
 
 func main() {
