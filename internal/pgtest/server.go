@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -329,14 +330,17 @@ func (s *Server) Log() string {
 	return string(data)
 }
 
-// FreePort returns a TCP port of the loopback interface that was free just now.
-func FreePort() (int, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
+// FreePort returns a TCP port of the loopback interface that was free just now. It is none that the kernel gives to those
+// that ask for any, so that a server that has been stopped finds it free when it starts again.
+func FreePort() (port int, err error) {
+	for range 100 {
+		port = 10000 + rand.IntN(22000) // Linux gives 32768 and above
+		var l net.Listener
+		if l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			return port, l.Close()
+		}
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port, nil
+	return 0, err
 }
 
 // command runs one of PostgreSQL's programs; see run.

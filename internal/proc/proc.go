@@ -38,6 +38,8 @@ func (s Settings) Environ() (all []string) {
 func Find(program string) (path string, err error) {
 	path, err = exec.LookPath(program)
 	switch {
+	case err != nil && strings.Contains(program, "="): // it may be a secret
+		return "", errors.New("the command begins with a variable, which only a shell would set; set it for the listener instead")
 	case errors.Is(err, exec.ErrNotFound):
 		return "", fmt.Errorf("program %q is not in PATH", program)
 	case errors.Is(err, os.ErrNotExist):
