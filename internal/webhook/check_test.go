@@ -159,7 +159,7 @@ func TestSilentHTTP2ConnectionIsLeft(t *testing.T) {
 	if pings.SendPingTimeout <= 0 || pings.PingTimeout <= 0 || pings.SendPingTimeout+pings.PingTimeout > 30*time.Second {
 		t.Errorf("%+v", pings)
 	}
-	pings.SendPingTimeout, pings.PingTimeout = 50*time.Millisecond, 50*time.Millisecond
+	pings.SendPingTimeout, pings.PingTimeout = 50*time.Millisecond, time.Second
 	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
 	defer cancel()
 	for range 3 {

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -149,6 +150,21 @@ func TestWebhookNetworkErrors(t *testing.T) {
 	if err := hook(t, dies.URL, Settings{}).Handle(t.Context(), notify.Notification{}); err == nil || notify.IsUnavailable(err) {
 		t.Errorf("dies: %v, unavailable %v", err, notify.IsUnavailable(err))
 	}
+	// It goes away before it has all of the request.
+	leaves, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer leaves.Close()
+	go func() {
+		if c, err := leaves.Accept(); err == nil {
+			_, _ = c.Read(make([]byte, 1))
+			c.Close()
+		}
+	}()
+	if err := hook(t, "http://"+leaves.Addr().String(), Settings{}).Handle(t.Context(), notify.Notification{Payload: strings.Repeat("x", 32<<20)}); !notify.IsUnavailable(err) {
+		t.Errorf("leaves: %v", err)
+	}
 	// Its certificate is nobody's: no request is written, whatever the payload.
 	tls := httptest.NewTLSServer(http.HandlerFunc(testkit.Accept))
 	tls.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)
@@ -189,6 +205,52 @@ func TestWebhookReusesConnections(t *testing.T) {
 	}
 	if n := connections.Load(); n != 1 {
 		t.Errorf("%d connections for 20 requests", n)
+	}
+}
+
+// As many connections as CONCURRENCY allows are kept, more than net/http keeps by itself.
+func TestWebhookKeepsAllConnections(t *testing.T) {
+	t.Parallel()
+	const concurrency = 120
+	var connections, waiting atomic.Int64
+	rounds := [2]chan struct{}{make(chan struct{}), make(chan struct{})}
+	r := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, req *http.Request) {
+		n := waiting.Add(1) // all must be here at once
+		round := rounds[(n-1)/concurrency]
+		if n%concurrency == 0 {
+			close(round)
+		}
+		select {
+		case <-round:
+		case <-req.Context().Done():
+		}
+	}))
+	r.Config.ConnState = func(_ net.Conn, s http.ConnState) {
+		if s == http.StateNew {
+			connections.Add(1)
+		}
+	}
+	r.Start()
+	defer r.Close()
+	h, err := New(r.URL, Settings{}, nil, concurrency, notify.Setup{Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
+	defer cancel()
+	for range rounds {
+		var all sync.WaitGroup
+		for range concurrency {
+			all.Go(func() {
+				if err := h.Handle(ctx, notify.Notification{}); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+	}
+	if n := connections.Load(); n != concurrency {
+		t.Errorf("%d connections", n)
 	}
 }
 
