@@ -129,8 +129,7 @@ func TestCopiesPassTheirTests(t *testing.T) {
 		t.Skip("make test-extra runs it")
 	}
 	for title, without := range variants() {
-		t.Run(title, func(t *testing.T) {
-			t.Parallel()
+		t.Run(title, func(t *testing.T) { // one after another, for their tests have bounds
 			dir := newCopy(t, without)
 			// A checkout of its own, as a team would make, with the tools; its tests do not make copies of copies.
 			in(t, dir, "git", "init", "-q")
