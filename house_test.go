@@ -24,7 +24,8 @@ type source struct {
 	path     string
 	dir      string // "." is the root
 	lines    int
-	featured int // of them, those of features that can be left out
+	code     int // of them, those that are neither blank nor only a comment
+	featured int // lines of features that can be left out
 	file     *ast.File
 	set      *token.FileSet
 }
@@ -47,6 +48,11 @@ func sources(t *testing.T) (all []source) {
 		}
 		text := testkit.ReadFile(t, path)
 		s := source{path: path, dir: dir, set: token.NewFileSet(), lines: strings.Count(text, "\n"), featured: strings.Count(text, "\n") - strings.Count(withoutFeatures(text), "\n")}
+		for line := range strings.Lines(text) {
+			if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "//") {
+				s.code++
+			}
+		}
 		if s.file, err = parser.ParseFile(s.set, path, nil, 0); err != nil {
 			t.Fatal(err)
 		}
@@ -109,10 +115,11 @@ func withoutFeatures(text string) string {
 // core is what a stranger reads first, and what is left when every feature is left out.
 var core = []string{".", "internal/notify", "internal/retry", "internal/call", "internal/pgconn", "internal/probe", "internal/queue"}
 
+// TestSizes: the core counts every line, the whole those that hold code, for nobody should have to save on comments.
 func TestSizes(t *testing.T) {
-	inCore, whole := 0, 0
+	inCore, whole, code := 0, 0, 0
 	for _, s := range sources(t) {
-		whole += s.lines
+		whole, code = whole+s.lines, code+s.code
 		if slices.Contains(core, s.dir) {
 			inCore += s.lines - s.featured
 		}
@@ -130,10 +137,10 @@ func TestSizes(t *testing.T) {
 			}
 		}
 	}
-	if inCore > 3000 || whole > 7500 {
-		t.Errorf("the core has %d lines, the whole %d", inCore, whole)
+	if inCore >= 3000 || code >= 7500 {
+		t.Errorf("the core has %d lines, the whole %d lines of code", inCore, code)
 	}
-	t.Logf("the core has %d lines, the whole %d", inCore, whole)
+	t.Logf("the core has %d lines, the whole %d, %d of them code", inCore, whole, code)
 }
 
 // TestOnlyTwoModules: what is copied stays small.

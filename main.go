@@ -36,10 +36,11 @@ func main() {
 
 // run is the program: it does what args say and returns the exit code.
 func run(ctx context.Context, args []string, e cli.Env) int {
-	c, err := cli.Parse(args, commands())
+	c, operands, err := cli.Parse(args, commands())
 	if err != nil {
 		return e.Fail(err, cli.Usage)
 	}
+	e.Operands = operands
 	return c.Run(ctx, e)
 }
 

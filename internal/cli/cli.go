@@ -20,6 +20,7 @@ const (
 type Env struct {
 	Lookup         func(name string) (string, bool) // os.LookupEnv, or a map in tests
 	Stdout, Stderr io.Writer
+	Operands       []string // what follows the flag on the command line
 }
 
 // Fail prints err, in one line, and returns the exit code.
@@ -30,36 +31,45 @@ func (e Env) Fail(err error, code int) int {
 
 // Command is something that the program can do. Run returns the exit code.
 type Command struct {
-	Flags string // that ask for it, comma-separated; "" is the command without any
-	Usage string // one line
-	Run   func(ctx context.Context, e Env) int
+	Flags    string // that ask for it, comma-separated; "" is the command without any
+	Operands string // what may follow, for -h; "" if nothing may
+	Usage    string // one line
+	Run      func(ctx context.Context, e Env) int
 }
 
-// Parse returns the command that args ask for. No error shows an argument that is no flag, nor the value of one: a connection
-// string may hold a password.
-func Parse(args []string, commands []Command) (Command, error) {
-	name := ""
+// Parse returns the command that args ask for, and what follows its flag. No error shows an argument that is no flag, nor the
+// value of one: a connection string may hold a password.
+func Parse(args []string, commands []Command) (c Command, operands []string, err error) {
+	name, unexpected := "", errors.New("unexpected argument: everything is set by environment variables; see pglistener --help")
 	if len(args) > 0 {
 		var hasValue bool
 		name, _, hasValue = strings.Cut(args[0], "=")
-		if !strings.HasPrefix(name, "-") || hasValue || len(args) > 1 {
-			return Command{}, errors.New("unexpected argument: everything is set by environment variables; see pglistener --help")
+		if !strings.HasPrefix(name, "-") || hasValue {
+			return Command{}, nil, unexpected
 		}
+		operands = args[1:]
 	}
 	for _, c := range commands {
 		for _, flag := range strings.Split(c.Flags, ", ") {
-			if strings.TrimLeft(flag, "-") == strings.TrimLeft(name, "-") {
-				return c, nil
+			if strings.TrimLeft(flag, "-") != strings.TrimLeft(name, "-") {
+				continue
 			}
+			if c.Operands == "" && len(operands) > 0 {
+				return Command{}, nil, unexpected
+			}
+			return c, operands, nil
 		}
 	}
-	return Command{}, fmt.Errorf("unknown flag %q; see pglistener --help", name)
+	return Command{}, nil, fmt.Errorf("unknown flag %q; see pglistener --help", name)
 }
 
 // Print writes the flags and what they do.
 func Print(w io.Writer, commands []Command) {
 	for _, c := range commands {
-		if c.Flags != "" {
+		switch {
+		case c.Operands != "":
+			fmt.Fprintf(w, "  %s %s\n  %-15s %s\n", c.Flags, c.Operands, "", c.Usage)
+		case c.Flags != "":
 			fmt.Fprintf(w, "  %-15s %s\n", c.Flags, c.Usage)
 		}
 	}
