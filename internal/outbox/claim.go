@@ -52,22 +52,23 @@ func (o *Outbox) fetch(room int) (claimed int, next time.Duration, err error) {
 	if err = o.keepSchedule(); err != nil {
 		return 0, 0, err
 	}
-	jobs, err := o.store.claim(room)
-	o.push(jobs)
-	drained := err == nil && len(jobs) < room
-	if drained {
-		if next, err = o.store.nextDue(); next > 0 {
+	short := o.scan.short()
+	if claimed, next, err = o.look(room, short); err == nil && short && o.scan.drained && o.scan.overdue() {
+		more := 0
+		more, next, err = o.look(room-claimed, false)
+		claimed += more
+	}
+	if o.scan.drained && err == nil {
+		if next > 0 {
 			o.drained()
 		}
-	}
-	if drained && err == nil {
 		err = o.pool.lookForStrangers(o.store, o.log)
 	}
 	if err != nil {
-		return len(jobs), 0, err
+		return claimed, 0, err
 	}
-	due, err := o.count(drained)
-	return len(jobs), min(next, due), err
+	due, err := o.count(o.scan.drained)
+	return claimed, min(next, due, o.scan.again()), err
 }
 
 // keepSchedule makes sure of the row of NAME_SCHEDULE, at the start and then at most once a minute: somebody may have deleted it.
@@ -114,6 +115,7 @@ func (o *Outbox) room() (rows int, wait time.Duration) {
 	defer o.mu.Unlock()
 	free := o.options.Concurrency - o.running - len(o.buffer)
 	if o.breaker.Open() {
+		o.scan.looked = time.Time{} // what was given back comes before the rows that have been seen
 		if free <= 0 {
 			return 0, time.Hour
 		}

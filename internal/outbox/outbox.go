@@ -49,7 +49,10 @@ type Outbox struct {
 	retry   retry.Backoff
 
 	wake chan struct{} // capacity 1: there may be something due
-	kept time.Time     // when the claimer last made sure of the row of NAME_SCHEDULE
+
+	// These are used by the claimer's goroutine only.
+	kept time.Time // when it last made sure of the row of NAME_SCHEDULE
+	scan scan
 
 	mu       sync.Mutex    // guards what follows
 	buffer   []job         // claimed, not begun; in order

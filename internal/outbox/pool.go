@@ -19,6 +19,9 @@ type Pool struct {
 	channels []string // of the users, once each
 	looked   time.Time
 	unknown  map[string]int // channels that nobody here handles, with their rows
+	asked    time.Time      // when findHolder last asked
+	snapshot string         // the oldest then
+	held     bool           // it was the oldest at the time before, too
 }
 
 // acquire returns the connections. timeout bounds every answer of the server.
@@ -75,6 +78,27 @@ func (p *Pool) lookForStrangers(s store, log *slog.Logger) error {
 	}
 	p.unknown = found
 	return nil
+}
+
+// findHolder says whether somebody holds a snapshot for long, so that dead rows cannot be removed, and names a new holder in the
+// log. It asks the server every five seconds at most, and believes what it has been told twice.
+func (p *Pool) findHolder(s store, log *slog.Logger) (held bool, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if time.Since(p.asked) < 5*time.Second {
+		return p.held, nil
+	}
+	who, snapshot, err := s.holder()
+	if err != nil {
+		return false, err
+	}
+	was := p.held
+	p.held = who != "" && snapshot == p.snapshot
+	if p.held && !was {
+		log.Warn("claims are slow because dead rows cannot be removed: somebody holds a snapshot that might still see them", "holder", who)
+	}
+	p.asked, p.snapshot = time.Now(), snapshot
+	return p.held, nil
 }
 
 // stats are the figures of all channels together; the first one tells them.

@@ -18,6 +18,7 @@ type counts struct {
 	rowCounts // as they were counted last, and as this replica has changed them since
 	counted   time.Time
 	took      time.Duration // the counting
+	heldBack  bool          // see Pool.findHolder
 	changed   bool          // since then, by this replica
 }
 
@@ -84,10 +85,15 @@ func (o *Outbox) Stats() []notify.Stat {
 	if oldest := o.oldest(); !oldest.IsZero() {
 		age.Value = max(0, time.Since(oldest).Seconds())
 	}
+	held := notify.Stat{Name: "pglistener_outbox_vacuum_held_back", Kind: "gauge",
+		Help: "1 while claims are slow because somebody holds a snapshot that keeps dead rows from being removed."}
+	if c.heldBack {
+		held.Value = 1
+	}
 	stats := []notify.Stat{
 		call.Item("done", c.done), call.Item("failed", c.gaveUp), call.Item("given_back", c.givenBack), call.Item("lease_lost", c.leaseLost),
 		rows("due", c.due), rows("delayed", c.delayed), rows("failed", c.failed),
-		age, call.PausedStat(&o.breaker),
+		age, held, call.PausedStat(&o.breaker),
 	}
 	stats = append(stats, o.pool.stats(o.channel)...)
 	return append(stats, o.calls.Stats()...)

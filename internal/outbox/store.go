@@ -3,7 +3,9 @@ package outbox
 import (
 	"cmp"
 	"database/sql"
+	"errors"
 	"maps"
+	"math"
 	"slices"
 	"time"
 
@@ -23,20 +25,45 @@ type store struct {
 	lease   time.Duration // how long a claim lasts
 }
 
-// claim takes up to n due rows: one statement, which adds one to attempts and sets the lease. No transaction stays open.
-func (s store) claim(n int) ([]job, error) {
+// place is a place in the order of rows, by the server's clock. The zero place is before all rows.
+type place struct {
+	runAt time.Time
+	id    int64
+}
+
+// args are the parameters of after.
+func (p place) args() (runAt any, id int64) {
+	if p.runAt.IsZero() {
+		return "-infinity", math.MinInt64
+	}
+	return p.runAt, p.id
+}
+
+// after is the condition that a row comes after a place. What has become due just now is always read, because transactions that
+// are short commit out of order.
+func after(runAt, id string) string {
+	return `(run_at, id) > (least(` + runAt + `::timestamptz, now() - interval '100 milliseconds'), ` + id + `::bigint)`
+}
+
+// claimSQL takes due rows: one statement, which adds one to attempts and sets the lease. No transaction stays open.
+var claimSQL = `
+	with due as materialized (
+		select ctid as place from {table}
+		where channel = $1 and failed_at is null and run_at <= now() and (leased_until is null or leased_until <= now())
+			and ` + after("$5", "$6") + `
+		order by run_at, id limit $2
+		for update skip locked)
+	update {table} o set attempts = attempts + 1, lease = $4, leased_until = now() + $3 * interval '1 second'
+	from due where o.ctid = due.place
+	returning o.id, coalesce(o.event_id::text, o.id::text), o.payload, o.attempts, coalesce(o.schedule, ''), o.key is not null,
+		o.xmin::text, extract(epoch from o.run_at)::float8, extract(epoch from coalesce(o.due_at, o.run_at))::float8,
+		extract(epoch from o.created_at)::float8`
+
+// claim takes up to n due rows after a place.
+func (s store) claim(n int, from place) ([]job, error) {
 	began := time.Now()
-	rows, err := s.db.Query(s.table.sql(`
-		with due as materialized (
-			select ctid as place from {table}
-			where channel = $1 and failed_at is null and run_at <= now() and (leased_until is null or leased_until <= now())
-			order by run_at, id limit $2
-			for update skip locked)
-		update {table} o set attempts = attempts + 1, lease = $4, leased_until = now() + $3 * interval '1 second'
-		from due where o.ctid = due.place
-		returning o.id, coalesce(o.event_id::text, o.id::text), o.payload, o.attempts, coalesce(o.schedule, ''), o.key is not null,
-			o.xmin::text, extract(epoch from o.run_at)::float8, extract(epoch from coalesce(o.due_at, o.run_at))::float8,
-			extract(epoch from o.created_at)::float8`), s.channel, n, s.lease.Seconds(), s.owner)
+	runAt, id := from.args()
+	rows, err := s.db.Query(s.table.sql(claimSQL), s.channel, n, s.lease.Seconds(), s.owner, runAt, id)
 	if err != nil {
 		return nil, err
 	}
@@ -56,18 +83,23 @@ func (s store) claim(n int) ([]job, error) {
 	return jobs, rows.Err()
 }
 
-// nextDue is how long it is until the next row is due or its lease ends, which may be past; an hour if there is none.
-func (s store) nextDue() (time.Duration, error) {
-	var seconds sql.NullFloat64
-	err := s.db.QueryRow(s.table.sql(`
-		select extract(epoch from least(
+// nextDue is how long it is until the next row after a place is due or its lease ends, which may be past; an hour if there is
+// none. now is the server's time when it began to look, and took how long that took.
+func (s store) nextDue(from place) (wait time.Duration, now time.Time, took time.Duration, err error) {
+	runAt, id := from.args()
+	var next sql.NullFloat64
+	var seconds float64
+	err = s.db.QueryRow(s.table.sql(`
+		select extract(epoch from next - clock_timestamp())::float8, now(), extract(epoch from clock_timestamp() - now())::float8
+		from (select least(
 			(select min(run_at) from {table} where channel = $1 and failed_at is null and run_at > now()),
-			(select min(coalesce(leased_until, run_at)) from {table} where channel = $1 and failed_at is null and run_at <= now()))
-			- clock_timestamp())::float8`), s.channel).Scan(&seconds)
-	if err != nil || !seconds.Valid {
-		return time.Hour, err
+			(select min(coalesce(leased_until, run_at)) from {table} where channel = $1 and failed_at is null and run_at <= now()
+				and `+after("$2", "$3")+`)) as next offset 0) looked`), s.channel, runAt, id).Scan(&next, &now, &seconds)
+	took = time.Duration(seconds * float64(time.Second))
+	if err != nil || !next.Valid {
+		return time.Hour, now, took, err
 	}
-	return time.Duration(max(-1, min(seconds.Float64, 3600)) * float64(time.Second)), nil
+	return time.Duration(max(-1, min(next.Float64, 3600)) * float64(time.Second)), now, took, nil
 }
 
 // complete deletes rows that have neither key nor schedule, if they are still ours, and returns how many were.
@@ -241,7 +273,7 @@ func (s store) count() (c rowCounts, err error) {
 // fromEpoch is a time of the server, which may be minus infinity.
 func fromEpoch(seconds float64) time.Time {
 	const bound = 1 << 40
-	return time.UnixMicro(int64(max(-bound, min(seconds, bound)) * 1e6))
+	return time.UnixMicro(int64(math.Round(max(-bound, min(seconds, bound)) * 1e6)))
 }
 
 // alive returns which of some rows are still to be handled.
@@ -269,6 +301,24 @@ func (s store) strangers(handled []string) (map[string]int, error) {
 	found, err := byKey[string, int](rows)
 	maps.DeleteFunc(found, func(_ string, n int) bool { return n == 0 })
 	return found, err
+}
+
+// holder returns who has the oldest snapshot, which keeps vacuum from removing dead rows, and which snapshot; "" if nobody has one.
+// Every role may see this of all sessions.
+func (s store) holder() (who, snapshot string, err error) {
+	err = s.db.QueryRow(`
+		select who, xmin::text
+		from (
+			select format('session %s of %s', pid, usename) || coalesce(', ' || nullif(application_name, ''), ''), backend_xmin
+			from pg_stat_activity where backend_xmin is not null and pid <> pg_backend_pid()
+			union all select format('prepared transaction %L of %s', gid, owner), transaction from pg_prepared_xacts
+			union all select format('replication slot %s', slot_name), xmin from pg_replication_slots where xmin is not null
+		) held (who, xmin)
+		order by age(xmin) desc limit 1`).Scan(&who, &snapshot)
+	if errors.Is(err, sql.ErrNoRows) {
+		err = nil
+	}
+	return who, snapshot, err
 }
 
 // verify is a statement that fails when the table cannot be used.

@@ -1,0 +1,83 @@
+package outbox
+
+import "time"
+
+// scan is how the claimer reads the index of due rows. A row that is done leaves an entry that vacuum cannot remove while a
+// snapshot anywhere might still see it, and every claim would read all of them first. So when that has become dear, claims begin
+// where the last one ended, and only now and then one reads everything: rows that were committed late or given back, and those
+// whose lease has ended, may be anywhere.
+type scan struct {
+	from    place         // all that was due before it has been claimed or seen
+	drained bool          // the last claim found less than it had room for
+	held    bool          // claims are dear because somebody holds a snapshot
+	dear    bool          // the last look at everything was, for whatever reason
+	cost    time.Duration // of the last look at everything
+	looked  time.Time     // when it began
+	owing   bool          // since then there was a claim that did not read everything
+}
+
+const (
+	dearLook    = 2 * time.Millisecond  // on the server, when less was due than there was room for
+	dearClaim   = 20 * time.Millisecond // for us, besides
+	perRow      = 50 * time.Microsecond // for each row claimed
+	scanPause   = 2 * time.Second       // between looks at everything, while they are dear,
+	scanBalance = 10                    // and so many times their own cost
+)
+
+func (s *scan) interval() time.Duration { return max(scanPause, scanBalance*s.cost) }
+func (s *scan) overdue() bool           { return time.Since(s.looked) >= s.interval() }
+
+// short says whether the next claim is to begin where the last one ended.
+func (s *scan) short() bool {
+	return s.held && !s.from.runAt.IsZero() && (s.drained || !s.overdue())
+}
+
+// again is when everything is to be looked at again, come what may.
+func (s *scan) again() time.Duration {
+	switch {
+	case s.owing:
+		return max(0, time.Until(s.looked.Add(s.interval())))
+	case s.dear: // to find out when it is over
+		return max(0, time.Until(s.looked.Add(max(30*time.Second, s.interval()))))
+	}
+	return time.Hour
+}
+
+// look claims up to room rows, among those after scan.from if short is true and otherwise among all. next is when to look again,
+// if less were due.
+func (o *Outbox) look(room int, short bool) (claimed int, next time.Duration, err error) {
+	s, from, began := &o.scan, place{}, time.Now()
+	if short {
+		from = s.from
+	}
+	jobs, err := o.store.claim(room, from)
+	dear := time.Since(began) > dearClaim+time.Duration(len(jobs))*perRow
+	o.push(jobs)
+	if err != nil {
+		return len(jobs), 0, err
+	}
+	if s.drained = len(jobs) < room; s.drained {
+		var now time.Time
+		var took time.Duration
+		if next, now, took, err = o.store.nextDue(from); err != nil {
+			return len(jobs), 0, err
+		}
+		dear = took > dearLook
+		s.from = place{runAt: now.Add(-time.Since(began))} // what has become due since the claim began is yet to be seen
+	} else {
+		last := jobs[len(jobs)-1]
+		s.from = place{last.runAt, last.id}
+	}
+	s.owing = short
+	if short {
+		return len(jobs), next, nil
+	}
+	s.looked, s.cost, s.dear, s.held = began, time.Since(began), dear, false
+	if dear {
+		s.held, err = o.pool.findHolder(o.store, o.log)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.counts.heldBack = s.held
+	return len(jobs), next, err
+}

@@ -1,0 +1,229 @@
+//go:build unix
+
+package outbox
+
+import (
+	"database/sql"
+	"encoding/json"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/lib/pq"
+
+	"github.com/pglistener/pglistener/internal/pgtest"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
+)
+
+// heldBack is an outbox of which dead rows cannot be removed, because a session holds a snapshot that may still see them.
+func heldBack(t *testing.T, c config) (server *pgtest.Server, db *sql.DB, r *running, s *seen, release func()) {
+	t.Helper()
+	server = testkit.OwnServer(t, "autovacuum = off", "log_statement = all")
+	db = testkit.Open(t, server.DSN())
+	makeOutbox(t, db, "outbox")
+	testkit.Exec(t, db, `create role worker login; grant select, insert, update, delete on outbox to worker`)
+	holder, err := testkit.Open(t, testkit.WithParams(server.DSN(), "application_name", "nightly report")).Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := holder.Exec("set transaction isolation level repeatable read; select 1"); err != nil {
+		t.Fatal(err)
+	}
+	testkit.Exec(t, db, `alter table outbox disable trigger user`)
+	testkit.Exec(t, db, `insert into outbox (channel, payload, run_at) select $1, '', now() - interval '1 hour' + n * interval '1 ms' from generate_series(1, 200000) n`, c.channel)
+	testkit.Exec(t, db, `delete from outbox`)
+	testkit.Exec(t, db, `alter table outbox enable trigger user`)
+	c.dsn, s = testkit.WithUser(server.DSN(), "worker", ""), &seen{}
+	return server, db, run(t, c, s), s, func() {
+		_ = holder.Rollback()
+		testkit.Exec(t, db, "vacuum outbox")
+	}
+}
+
+// claims are how many the server has been asked for.
+func claims(server *pgtest.Server) (c struct{ short, whole int }) {
+	for line := range strings.Lines(server.Log()) {
+		switch {
+		case !strings.Contains(line, "$6 = "): // not of a claim
+		case strings.Contains(line, "$5 = '-infinity'"):
+			c.whole++
+		default:
+			c.short++
+		}
+	}
+	return c
+}
+
+func (s *seen) wait(t *testing.T, payload string) (took time.Duration) {
+	t.Helper()
+	began := time.Now()
+	testkit.Eventually(t, payload+" is handled", func() bool { return slices.Contains(s.payloads(), payload) })
+	return time.Since(began)
+}
+
+// TestDeadRowsAreReadOnce: while a snapshot keeps dead rows from being removed, a claim reads none of those that were read before,
+// and what is committed late, given back, or left by a replica that died is found all the same. Who holds the snapshot is named.
+func TestDeadRowsAreReadOnce(t *testing.T) {
+	server, db, r, s, release := heldBack(t, config{channel: "flat", table: "outbox"})
+	late := func() *sql.Tx { // a row of a transaction that begins now
+		tx, err := db.Begin()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tx.Exec(`insert into outbox (channel, payload) values ('flat', 'late')`); err != nil {
+			t.Fatal(err)
+		}
+		return tx
+	}
+	tx := late()
+	testkit.Eventually(t, "somebody is named who holds a snapshot", func() bool {
+		insert(t, db, "outbox", "flat", "row")
+		return len(r.All("claims are slow because dead rows cannot be removed: somebody holds a snapshot that might still see them")) == 1
+	})
+	if text := r.String(); !strings.Contains(text, "nightly report") {
+		t.Errorf("the holder is not named: %s", text)
+	}
+	if held := stat(r, "pglistener_outbox_vacuum_held_back", ""); held != 1 {
+		t.Errorf("vacuum is held back, and the gauge says %v", held)
+	}
+
+	// Of the claims of twenty rows, all but one in two seconds begin where the last one ended.
+	began := time.Now()
+	before := claims(server)
+	for i := range 20 {
+		payload := "row " + strconv.Itoa(i)
+		insert(t, db, "outbox", "flat", payload)
+		s.wait(t, payload)
+	}
+	if after, looks := claims(server), int(time.Since(began)/scanPause)+1; after.short-before.short < 20 || after.whole-before.whole > looks {
+		t.Errorf("of the claims of twenty rows %d began where the last one ended, and %d read everything", after.short-before.short, after.whole-before.whole)
+	}
+
+	// A claim where the last one ended.
+	at := func() (from place) {
+		testkit.Exec(t, db, `insert into outbox (channel, payload) values ('flat', 'at')`)
+		s.wait(t, "at")
+		err := db.QueryRow(`select now() - interval '1 second'`).Scan(&from.runAt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return from
+	}()
+	if all, few := buffers(t, r.store, place{}), buffers(t, r.store, at); few > 200 || all < 10*few {
+		t.Errorf("a claim reads %d buffers, one that begins where the last one ended %d", all, few)
+	}
+
+	// What is not where the last claim ended.
+	if err := tx.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if took := s.wait(t, "late"); took > scanPause+3*time.Second {
+		t.Errorf("a row that was committed late was found after %v", took)
+	}
+	testkit.Exec(t, db, `insert into outbox (channel, payload, run_at, attempts, lease, leased_until)
+		values ('flat', 'lease', now() - interval '1 minute', 1, gen_random_uuid(), now() + interval '1 second')`)
+	if took := s.wait(t, "lease"); took > time.Second+scanPause+3*time.Second {
+		t.Errorf("a row whose lease had ended was found after %v", took)
+	}
+
+	// Transactions commit out of order: what has become due just now is read wherever the last claim ended.
+	testkit.Eventually(t, "a claim of what has just become due", func() bool {
+		insert(t, db, "outbox", "other", "row")
+		other := r.store
+		other.channel = "other"
+		jobs, err := other.claim(1, place{runAt: time.Now().Add(time.Hour)})
+		return err == nil && len(jobs) == 1
+	})
+
+	// A holder is believed when it has been seen twice, and named once.
+	var p Pool
+	for i, want := range []bool{false, false, true, true, false} {
+		held, err := p.findHolder(r.store, r.log)
+		if held != want || err != nil {
+			t.Errorf("asked %d times: held %v, error %v", i+1, held, err)
+		}
+		if i > 0 {
+			p.asked = time.Time{}
+		}
+		if i == 3 {
+			p.snapshot = "another"
+		}
+	}
+	if n := len(r.All("claims are slow")); n != 2 {
+		t.Errorf("two pools have named the holder %d times", n)
+	}
+
+	release()
+	testkit.Eventually(t, "all is well again", func() bool {
+		insert(t, db, "outbox", "flat", "again")
+		return stat(r, "pglistener_outbox_vacuum_held_back", "") == 0
+	})
+}
+
+// TestLooksAtEverythingAgain: when claims are dear, an idle outbox looks at everything once more, and then every half a minute.
+func TestLooksAtEverythingAgain(t *testing.T) {
+	now := time.Now()
+	for _, c := range []struct {
+		scan scan
+		want time.Duration
+	}{
+		{scan{looked: now}, time.Hour},
+		{scan{looked: now, dear: true}, 30 * time.Second},
+		{scan{looked: now, dear: true, cost: 5 * time.Second}, 50 * time.Second},
+		{scan{looked: now, dear: true, owing: true}, 2 * time.Second},
+		{scan{looked: now, dear: true, owing: true, cost: time.Second}, 10 * time.Second},
+		{scan{looked: now.Add(-time.Minute), dear: true, owing: true}, 0},
+	} {
+		if got := c.scan.again(); got > c.want || got < c.want-time.Second {
+			t.Errorf("%+v: again in %v, want %v", c.scan, got, c.want)
+		}
+	}
+}
+
+// buffers is how many a claim of one row reads that begins at a place.
+func buffers(t *testing.T, s store, from place) (n int) {
+	t.Helper()
+	tx, err := s.db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback() }()
+	runAt, id := from.args()
+	query := s.table.sql(claimSQL)
+	// Parameters go in as literals: EXPLAIN of a statement takes none in the binary protocol.
+	text := func(v any) string {
+		if at, ok := v.(time.Time); ok {
+			return at.Format(time.RFC3339Nano)
+		}
+		return v.(string)
+	}
+	for p, v := range map[string]string{"$1": pq.QuoteLiteral(s.channel), "$2": "1", "$3": "60", "$4": pq.QuoteLiteral(s.owner),
+		"$5": pq.QuoteLiteral(text(runAt)), "$6": pq.QuoteLiteral(strings.TrimSpace(jsonOf(t, id)))} {
+		query = strings.ReplaceAll(query, p, v)
+	}
+	var plan []byte
+	if err := tx.QueryRow("explain (analyze, buffers, format json) " + query).Scan(&plan); err != nil {
+		t.Fatal(err)
+	}
+	var plans []struct {
+		Plan struct {
+			Hit  int `json:"Shared Hit Blocks"`
+			Read int `json:"Shared Read Blocks"`
+		}
+	}
+	if err := json.Unmarshal(plan, &plans); err != nil {
+		t.Fatal(err)
+	}
+	return plans[0].Plan.Hit + plans[0].Plan.Read
+}
+
+func jsonOf(t *testing.T, v any) string {
+	t.Helper()
+	data, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
