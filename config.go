@@ -10,6 +10,7 @@ import (
 
 	"github.com/pglistener/pglistener/internal/env"
 	"github.com/pglistener/pglistener/internal/logs"
+	"github.com/pglistener/pglistener/internal/memory"
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/queue"
 )
@@ -24,8 +25,11 @@ type Config struct {
 	Features FeatureSettings
 	Log      logs.Settings
 
+	QueueMemory env.Bytes `env:"QUEUE_MEMORY,default=64MB" usage:"bound on what waits in all queues together, and on rows that are claimed ahead; such as 500KB, 64MB or 1GB"`
+
 	LogPayloads bool `env:"LOG_PAYLOADS,default=true" usage:"false keeps payloads, and what receivers answer, out of the log and last_error"`
 
+	memory     *memory.Budget
 	routes     []env.Route
 	lookup     env.Lookuper
 	perChannel map[string]ChannelSettings // by channel, and
@@ -40,6 +44,7 @@ type Setup struct {
 	Lookup   env.Lookuper  // the environment
 	DSN      string        // of the database, for a handler that needs one
 	Timeout  time.Duration // PING_TIMEOUT: how long any single answer of it may take
+	Memory   int64         // how many bytes may wait
 }
 
 // loadConfig reads the configuration through lookup. handlers and modes have what CHANNELS may name. It returns every problem at
@@ -55,6 +60,7 @@ func loadConfig(lookup env.Lookuper, handlers map[string]newHandler, modes map[s
 	}
 	routes, wrong := env.ParseChannels(c.Channels, lookup, env.Known{Handlers: sortedKeys(handlers), Modes: sortedKeys(modes)})
 	c.routes, problems = routes, append(problems, wrong...)
+	c.memory = memory.New(int64(c.QueueMemory), len(routes))
 	c.perChannel, c.set, wrong = env.DecodeChannels(c.Channel, routes, lookup)
 	problems = append(problems, wrong...)
 	if l := c.Listener; l.ReconnectMin > l.ReconnectMax && !complained("RECONNECT_") {
@@ -65,16 +71,8 @@ func loadConfig(lookup env.Lookuper, handlers map[string]newHandler, modes map[s
 
 // warnings are about what is allowed and hardly ever meant, and about variables of environ that nobody reads.
 func (c *Config) warnings(environ []string) (all []string) {
-	stop := c.Listener.ShutdownTimeout
 	for _, r := range c.routes {
-		if w := r.Warning(); w != "" {
-			all = append(all, w)
-		}
-		// The defaults are so on purpose: most handlers are quick, and what stops a service waits for half a minute.
-		if s := c.setup(r, slog.Default()); s.Settings.Timeout > stop && (env.IsSet(c.lookup, r.Channel, "HANDLER_TIMEOUT") || env.IsSet(c.lookup, "", "SHUTDOWN_TIMEOUT")) {
-			all = append(all, fmt.Sprintf("HANDLER_TIMEOUT of channel %q is %v, longer than SHUTDOWN_TIMEOUT, which is %v: a stop cuts handlers short that take longer",
-				r.Channel, s.Settings.Timeout, stop))
-		}
+		all = append(all, r.Warnings(c.lookup, c.perChannel[r.Channel].Timeout, c.Listener.ShutdownTimeout)...)
 	}
 	return append(all, env.Unknown(environ, c, &ChannelSettings{}, c.routes)...)
 }
@@ -91,6 +89,7 @@ func (c *Config) setup(r env.Route, log *slog.Logger) Setup {
 		Lookup:   c.lookup,
 		DSN:      c.dsn(),
 		Timeout:  c.Listener.PingTimeout,
+		Memory:   c.memory.Share(),
 	}
 }
 
@@ -99,7 +98,7 @@ func (c *Config) setup(r env.Route, log *slog.Logger) Setup {
 func makeChannels(cfg *Config, handlers map[string]newHandler, modes map[string]wrap, log *slog.Logger) (channels []Channel, problems []error) {
 	for _, r := range cfg.routes {
 		s := cfg.setup(r, log)
-		q := queue.Options{Settings: s.Settings.Queue, Limits: s.Settings.Limits, Secret: !cfg.LogPayloads}
+		q := queue.Options{Settings: s.Settings.Queue, Limits: s.Settings.Limits, Secret: !cfg.LogPayloads, Memory: cfg.memory}
 		h, err := handlers[r.Handler](r.Arg, s)
 		if err == nil {
 			h, err = modes[r.Mode](h, s, &q)

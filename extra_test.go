@@ -20,16 +20,6 @@ import (
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
-// What takes too long for make test; make test-extra runs it.
-
-func extra(t *testing.T) {
-	t.Helper()
-	if os.Getenv("TEST_EXTRA") == "" {
-		t.Skip("make test-extra runs it")
-	}
-	t.Parallel()
-}
-
 // A receiver is down for a minute, with 1,000 rows waiting and poison among them.
 func TestOutageOfAMinute(t *testing.T) {
 	extra(t)

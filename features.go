@@ -99,7 +99,7 @@ func modes() map[string]wrap {
 	pool := new(outbox.Pool) // of all channels
 	options := func(s Setup) outbox.Options {
 		return outbox.Options{
-			Settings: s.Settings.Outbox, Limits: s.Settings.Limits, DSN: s.DSN, Timeout: s.Timeout,
+			Settings: s.Settings.Outbox, Limits: s.Settings.Limits, DSN: s.DSN, Timeout: s.Timeout, Memory: s.Memory,
 			Next: schedule.Next, Schedule: s.Settings.Schedule.Text, // feature: schedule
 		}
 	}
@@ -148,7 +148,7 @@ func featureCommands() []cli.Command {
 func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error) {
 	l.Beat, l.OnBeat = sdnotify.Start(l.Beat, lookup, p.log) // feature: sdnotify
 	// begin: health
-	end, err := health.Start(p.cfg.Features.Health, l, version(), p.log, p.lines)
+	end, err := health.Start(p.cfg.Features.Health, l, cli.Version(), p.log, p.lines)
 	ends = append(ends, end)
 	// end: health
 	return ends, err

@@ -231,3 +231,12 @@ func (r *running) heardAgain(t *testing.T, db *sql.DB, channel string) time.Time
 		}
 	}
 }
+
+// extra skips what takes too long for make test; make test-extra runs it.
+func extra(t *testing.T) {
+	t.Helper()
+	if os.Getenv("TEST_EXTRA") == "" {
+		t.Skip("make test-extra runs it")
+	}
+	t.Parallel()
+}

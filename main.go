@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"github.com/pglistener/pglistener/internal/cli"
-	"github.com/pglistener/pglistener/internal/env"
 	"github.com/pglistener/pglistener/internal/logs"
 	"github.com/pglistener/pglistener/internal/pgconn"
 )
@@ -48,7 +47,7 @@ func commands() []cli.Command {
 	return append([]cli.Command{
 		{Flags: "", Run: listen},
 		{Flags: "-V, --version", Usage: "print the version", Run: func(_ context.Context, e cli.Env) int {
-			fmt.Fprintln(e.Stdout, "pglistener", version())
+			fmt.Fprintln(e.Stdout, "pglistener", cli.Version())
 			return cli.OK
 		}},
 		{Flags: "-h, -?, --help", Usage: "print this", Run: printUsage},
@@ -69,7 +68,10 @@ func listen(ctx context.Context, e cli.Env) int {
 	for _, w := range p.cfg.warnings(os.Environ()) {
 		p.log.Warn(w)
 	}
-	p.log.Info("starting", "version", version(), "pid", os.Getpid())
+	if os.Getenv("GOMEMLIMIT") == "" { // the garbage collector works harder from here on
+		debug.SetMemoryLimit(int64(p.cfg.QueueMemory) + 48<<20)
+	}
+	p.log.Info("starting", "version", cli.Version(), "pid", os.Getpid())
 	listener := NewListener(p.cfg.dsn(), p.cfg.Listener, p.channels, p.log)
 	ends, err := watch(listener, p, e.Lookup)
 	if err != nil {
@@ -115,26 +117,6 @@ func load(e cli.Env) (p loaded) {
 }
 
 func printUsage(_ context.Context, e cli.Env) int {
-	fmt.Fprint(e.Stdout, `pglistener listens on PostgreSQL channels and hands each payload to the handler of its channel.
-
-  CHANNELS=orders,jobs=doorbell:log DATABASE_URL=postgres://... pglistener
-
-Flags:
-`)
-	cli.Print(e.Stdout, commands())
-	fmt.Fprintf(e.Stdout, "\nCHANNELS has the modes %s and the handlers %s.\n\nVariables, with default and meaning:\n",
-		strings.Join(sortedKeys(modes()), ", "), strings.Join(sortedKeys(addHandlers(handlerTable())), ", "))
-	env.Print(e.Stdout, &Config{}, &ChannelSettings{})
-	fmt.Fprint(e.Stdout, "\nVariables of channels, which may be set for one alone, as ORDERS_CONCURRENCY for orders;\nand ORDERS_HANDLER=[MODE:]HANDLER for what CHANNELS says of it otherwise:\n")
-	env.Print(e.Stdout, &ChannelSettings{}, &struct{}{})
+	cli.Help(e.Stdout, commands(), sortedKeys(modes()), sortedKeys(addHandlers(handlerTable())), &Config{}, &ChannelSettings{})
 	return cli.OK
-}
-
-// version is the module's version, or the commit it was built from.
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	return info.Main.Version + " " + info.GoVersion
 }

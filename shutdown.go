@@ -93,15 +93,20 @@ func (l *Listener) abandoned() int {
 // awaitBackground waits for the goroutines of Run, for a second at most: one that uses a silent second connection ends with that
 // connection, within PING_TIMEOUT.
 func (l *Listener) awaitBackground() {
-	done := make(chan struct{})
-	go func() {
-		l.background.Wait()
-		close(done)
-	}()
 	select {
-	case <-done:
+	case <-ended(&l.background):
 	case <-time.After(time.Second):
 	}
+}
+
+// ended returns a channel that is closed when all of a group have.
+func ended(all *sync.WaitGroup) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		all.Wait()
+		close(done)
+	}()
+	return done
 }
 
 // startHandlers starts the catch-ups and runs the handlers that work on their own. all is closed when those have returned, which
@@ -115,10 +120,5 @@ func (l *Listener) startHandlers() (all <-chan struct{}, stop func()) {
 			running.Go(func() { r.Run(ctx, l.quitCtx) })
 		}
 	}
-	done := make(chan struct{})
-	go func() {
-		running.Wait()
-		close(done)
-	}()
-	return done, stop
+	return ended(&running), stop
 }

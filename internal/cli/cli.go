@@ -6,7 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime/debug"
 	"strings"
+
+	"github.com/pglistener/pglistener/internal/env"
 )
 
 // The exit codes.
@@ -63,8 +66,15 @@ func Parse(args []string, commands []Command) (c Command, operands []string, err
 	return Command{}, nil, fmt.Errorf("unknown flag %q; see pglistener --help", name)
 }
 
-// Print writes the flags and what they do.
-func Print(w io.Writer, commands []Command) {
+// Help writes what -h says: the flags, what CHANNELS may name, and the variables of config, and of channel, which may be set for a
+// channel alone. Both are pointers to structs, as package env has them.
+func Help(w io.Writer, commands []Command, modes, handlers []string, config, channel any) {
+	fmt.Fprint(w, `pglistener listens on PostgreSQL channels and hands each payload to the handler of its channel.
+
+  CHANNELS=orders,jobs=doorbell:log DATABASE_URL=postgres://... pglistener
+
+Flags:
+`)
 	for _, c := range commands {
 		switch {
 		case c.Operands != "":
@@ -73,4 +83,18 @@ func Print(w io.Writer, commands []Command) {
 			fmt.Fprintf(w, "  %-15s %s\n", c.Flags, c.Usage)
 		}
 	}
+	fmt.Fprintf(w, "\nCHANNELS has the modes %s and the handlers %s.\n\nVariables, with default and meaning:\n",
+		strings.Join(modes, ", "), strings.Join(handlers, ", "))
+	env.Print(w, config, channel)
+	fmt.Fprint(w, "\nVariables of channels, which may be set for one alone, as ORDERS_CONCURRENCY for orders;\nand ORDERS_HANDLER=[MODE:]HANDLER for what CHANNELS says of it otherwise:\n")
+	env.Print(w, channel, &struct{}{})
+}
+
+// Version is the module's version, or the commit it was built from, and Go's.
+func Version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	return info.Main.Version + " " + info.GoVersion
 }

@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/pglistener/pglistener/internal/pgconn"
@@ -48,14 +49,18 @@ func (r Route) Shown() string {
 
 func isCommand(handler string) bool { return handler == "exec" || handler == "pipe" }
 
-// Warning is about a channel that is allowed and hardly ever meant; "" is none.
-func (r Route) Warning() string {
-	folded := strings.ToLower(r.Channel)
-	if folded == r.Channel {
-		return ""
+// Warnings are about what is allowed and hardly ever meant. timeout is the channel's HANDLER_TIMEOUT, stop is SHUTDOWN_TIMEOUT.
+func (r Route) Warnings(lookup Lookuper, timeout, stop time.Duration) (all []string) {
+	if folded := strings.ToLower(r.Channel); folded != r.Channel {
+		all = append(all, fmt.Sprintf("CHANNELS: channel %q has upper-case letters: NOTIFY %s without double quotes reaches %q instead",
+			r.Channel, r.Channel, folded))
 	}
-	return fmt.Sprintf("CHANNELS: channel %q has upper-case letters: NOTIFY %s without double quotes reaches %q instead",
-		r.Channel, r.Channel, folded)
+	// The defaults are so on purpose: most handlers are quick, and what stops a service waits for half a minute.
+	if timeout > stop && (IsSet(lookup, r.Channel, "HANDLER_TIMEOUT") || IsSet(lookup, "", "SHUTDOWN_TIMEOUT")) {
+		all = append(all, fmt.Sprintf("HANDLER_TIMEOUT of channel %q is %v, longer than SHUTDOWN_TIMEOUT, which is %v: a stop cuts handlers short that take longer",
+			r.Channel, timeout, stop))
+	}
+	return all
 }
 
 // Known are the names that CHANNELS may have.

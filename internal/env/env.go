@@ -135,6 +135,8 @@ func (d *decoder) decode() []error {
 			hint = "true or false"
 		case reflect.TypeFor[time.Duration]():
 			hint = "a duration such as 500ms, 10s or 1m30s"
+		case reflect.TypeFor[Bytes]():
+			hint = "a size such as 500KB, 64MB or 1GB"
 		}
 		problems = append(problems, fmt.Errorf("%s: %q is not %s", d.names[last], value, hint))
 	}
@@ -240,6 +242,10 @@ func (d *decoder) outOfRange(bad map[string]bool) (problems []error) {
 				report(v, "%d is less than %d", value, low)
 			} else if value > high {
 				report(v, "%d is more than %d", value, high)
+			}
+		case Bytes:
+			if value < 1<<20 {
+				report(v, "it is less than 1MB")
 			}
 		case time.Duration:
 			if value < 0 || value == 0 && !hasLeast {

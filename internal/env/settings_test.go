@@ -288,3 +288,16 @@ func TestMisspeltVariables(t *testing.T) {
 		}
 	}
 }
+
+func TestBytes(t *testing.T) {
+	for text, want := range map[string]Bytes{"1MB": 1 << 20, "64mb": 64 << 20, "2 GB": 2 << 30, "1500KB": 1500 << 10,
+		"": -1, "64": -1, "MB": -1, "-1MB": -1, "1.5GB": -1, "1TB": -1, "9999999GB": -1, "0x10MB": -1} {
+		var got Bytes
+		if err := got.UnmarshalText([]byte(text)); err != nil {
+			got = -1
+		}
+		if got != want {
+			t.Errorf("%q is %d, want %d", text, got, want)
+		}
+	}
+}

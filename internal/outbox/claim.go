@@ -129,9 +129,7 @@ func (o *Outbox) room() (rows int, wait time.Duration) {
 	if o.handling > 0 {
 		ahead = min(ahead, int(time.Duration(o.options.Concurrency)*prefetchTime/o.handling))
 	}
-	if o.size > 0 {
-		ahead = min(ahead, prefetchBytes/o.size)
-	}
+	ahead = min(ahead, int(o.store.bytes)/(o.size+rowBytes))
 	if o.calls.OK+o.calls.Failed == 0 {
 		ahead = 0 // nothing is known yet
 	}
@@ -174,6 +172,10 @@ func (o *Outbox) push(jobs []job) {
 	for _, j := range jobs {
 		j.try = paused
 		o.buffer = append(o.buffer, j)
+	}
+	for n := len(o.buffer) - o.idle; n > 0 && o.workers < o.options.Concurrency; n-- {
+		o.workers++
+		o.hire()
 	}
 	if len(jobs) == 1 {
 		o.ready.Signal()

@@ -3,6 +3,7 @@
 package outbox
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -29,6 +30,7 @@ type Options struct {
 	call.Limits
 	DSN     string        // of the database
 	Timeout time.Duration // of every answer of the server
+	Memory  int64         // how many bytes of payloads may be claimed ahead; 16 MB if zero
 
 	// Next returns the next time of a schedule after now; nominal is the time of the run before. The zero time means never.
 	// Without it rows that have a schedule fail.
@@ -53,11 +55,14 @@ type Outbox struct {
 	// These are used by the claimer's goroutine only.
 	kept time.Time // when it last made sure of the row of NAME_SCHEDULE
 	scan scan
+	hire func() // starts a worker
 
 	mu       sync.Mutex    // guards what follows
 	buffer   []job         // claimed, not begun; in order
 	ready    *sync.Cond    // of mu: the buffer has grown, or the end has come
 	stopping bool          // begin nothing more
+	workers  int           // goroutines: no more than there has been work for at once
+	idle     int           // of them, those that wait for work
 	running  int           // handlers
 	low      int           // when the buffer is down to this, more is claimed
 	results  []result      // not yet written
@@ -98,9 +103,9 @@ type result struct {
 
 // prefetch bounds what is claimed ahead.
 const (
-	prefetchTime  = 50 * time.Millisecond // of work, so that a row hardly waits where another replica could take it
-	prefetchRows  = 2000
-	prefetchBytes = 16 << 20
+	prefetchTime = 50 * time.Millisecond // of work, so that a row hardly waits where another replica could take it
+	prefetchRows = 2000
+	rowBytes     = 512 // that a row takes besides its payload
 )
 
 // New makes an Outbox that gives the rows of its channel to h, through the connections of pool. Call Run once; it releases the
@@ -125,7 +130,7 @@ func New(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (*Ou
 	lease := o.margin + call.Longest(options.Limits.Timeout) + setup.Grace + o.margin
 	owner := make([]byte, 16)
 	_, _ = rand.Read(owner) // it never fails
-	o.store = store{db: db, table: t, channel: setup.Channel, owner: hex.EncodeToString(owner), lease: lease}
+	o.store = store{db: db, table: t, channel: setup.Channel, owner: hex.EncodeToString(owner), lease: lease, bytes: cmp.Or(options.Memory, 16<<20)}
 	return o, nil
 }
 
@@ -158,9 +163,7 @@ func (o *Outbox) Run(stop, quit context.Context) {
 	o.mu.Lock()
 	o.health.progress = time.Now()
 	o.mu.Unlock()
-	for range o.options.Concurrency {
-		workers.Go(func() { o.work(quit) })
-	}
+	o.hire = func() { workers.Go(func() { o.work(quit) }) }
 	written := make(chan struct{})
 	writer.Go(func() { o.write(quit, written) })
 

@@ -482,3 +482,74 @@ func TestUsesTwoConnections(t *testing.T) {
 		t.Errorf("%d connections", most)
 	}
 }
+
+// TestClaimIsBoundedInBytes: a claim takes what has room in memory, and the rest follows at once.
+func TestClaimIsBoundedInBytes(t *testing.T) {
+	t.Parallel()
+	db := testkit.DB(t)
+	table := outboxTable(t, db)
+	channel := testkit.ChannelName(t)
+	for i := range 10 {
+		insert(t, db, table, channel, strings.Repeat(strconv.Itoa(i), 300_000))
+	}
+	seen := &seen{}
+	r := run(t, config{table: table, channel: channel, tweak: func(o *Outbox) { o.store.bytes = 1_000_000 }},
+		notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
+			return seen.Handle(ctx, notify.Notification{Payload: n.Payload[:1]})
+		}))
+	testkit.Eventually(t, "all are handled", func() bool {
+		return len(seen.payloads()) == 10
+	})
+	if got := strings.Join(seen.payloads(), ""); got != "0123456789" {
+		t.Errorf("handled %s", got)
+	}
+	jobs := func() int {
+		for i := range 10 {
+			insert(t, db, table, "other", strings.Repeat(strconv.Itoa(i), 300_000))
+		}
+		s := r.store
+		s.channel = "other"
+		claimed, err := s.claim(100, place{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(claimed)
+	}()
+	if jobs != 4 { // the fourth begins before 1,000,000
+		t.Errorf("a claim of a million bytes took %d rows of 300,000", jobs)
+	}
+}
+
+// TestConcurrencyCostsNothing: goroutines are started for work that is there, and not for CONCURRENCY.
+func TestConcurrencyCostsNothing(t *testing.T) {
+	t.Parallel()
+	db := testkit.DB(t)
+	table := outboxTable(t, db)
+	channel := testkit.ChannelName(t)
+	gate := make(chan struct{})
+	seen := &seen{}
+	r := run(t, config{table: table, channel: channel, concurrency: 10_000}, notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
+		_ = seen.Handle(ctx, n)
+		<-gate
+		return nil
+	}))
+	workers := func() int {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return r.workers
+	}
+	for n := 1; n <= 3; n++ { // all at once
+		insert(t, db, table, channel, strconv.Itoa(n))
+		testkit.Eventually(t, "another one runs", func() bool { return len(seen.payloads()) == n })
+		if workers() != n {
+			t.Errorf("%d goroutines for %d rows", workers(), n)
+		}
+	}
+	close(gate)
+	emptied(t, db, table)
+	insert(t, db, table, channel, "4")
+	emptied(t, db, table)
+	if workers() != 3 {
+		t.Errorf("there are %d goroutines now, 3 of which were idle", workers())
+	}
+}

@@ -64,9 +64,9 @@ func (o *Outbox) look(room int, short bool) (claimed int, next time.Duration, er
 		}
 		dear = took > dearLook
 		s.from = place{runAt: now.Add(-time.Since(began))} // what has become due since the claim began is yet to be seen
-	} else {
-		last := jobs[len(jobs)-1]
-		s.from = place{last.runAt, last.id}
+	}
+	if n := len(jobs); n > 0 && (!s.drained || next <= 0) { // there are more: as many as there was room for, or large ones
+		s.from = place{jobs[n-1].runAt, jobs[n-1].id}
 	}
 	s.owing = short
 	if short {

@@ -199,7 +199,7 @@ func buffers(t *testing.T, s store, from place) (n int) {
 		}
 		return v.(string)
 	}
-	for p, v := range map[string]string{"$1": pq.QuoteLiteral(s.channel), "$2": "1", "$3": "60", "$4": pq.QuoteLiteral(s.owner),
+	for p, v := range map[string]string{"$1": pq.QuoteLiteral(s.channel), "$2": "1", "$3": "60", "$4": pq.QuoteLiteral(s.owner), "$7": "1000000",
 		"$5": pq.QuoteLiteral(text(runAt)), "$6": pq.QuoteLiteral(strings.TrimSpace(jsonOf(t, id)))} {
 		query = strings.ReplaceAll(query, p, v)
 	}

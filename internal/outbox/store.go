@@ -23,6 +23,7 @@ type store struct {
 	channel string
 	owner   string        // what stands in lease: of this process and channel
 	lease   time.Duration // how long a claim lasts
+	bytes   int64         // of payloads that one claim takes
 }
 
 // place is a place in the order of rows, by the server's clock. The zero place is before all rows.
@@ -48,22 +49,23 @@ func after(runAt, id string) string {
 // claimSQL takes due rows: one statement, which adds one to attempts and sets the lease. No transaction stays open.
 var claimSQL = `
 	with due as materialized (
-		select ctid as place from {table}
+		select ctid as place, octet_length(payload) as size from {table}
 		where channel = $1 and failed_at is null and run_at <= now() and (leased_until is null or leased_until <= now())
 			and ` + after("$5", "$6") + `
 		order by run_at, id limit $2
-		for update skip locked)
+		for update skip locked),
+	summed as (select place, sum(size) over (rows unbounded preceding) - size as before from due)
 	update {table} o set attempts = attempts + 1, lease = $4, leased_until = now() + $3 * interval '1 second'
-	from due where o.ctid = due.place
+	from summed where o.ctid = summed.place and summed.before < $7
 	returning o.id, coalesce(o.event_id::text, o.id::text), o.payload, o.attempts, coalesce(o.schedule, ''), o.key is not null,
 		o.xmin::text, extract(epoch from o.run_at)::float8, extract(epoch from coalesce(o.due_at, o.run_at))::float8,
 		extract(epoch from o.created_at)::float8`
 
-// claim takes up to n due rows after a place.
+// claim takes up to n due rows after a place, but no more once their payloads have s.bytes.
 func (s store) claim(n int, from place) ([]job, error) {
 	began := time.Now()
 	runAt, id := from.args()
-	rows, err := s.db.Query(s.table.sql(claimSQL), s.channel, n, s.lease.Seconds(), s.owner, runAt, id)
+	rows, err := s.db.Query(s.table.sql(claimSQL), s.channel, n, s.lease.Seconds(), s.owner, runAt, id, s.bytes)
 	if err != nil {
 		return nil, err
 	}

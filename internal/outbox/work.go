@@ -13,7 +13,7 @@ import (
 	"github.com/pglistener/pglistener/internal/retry"
 )
 
-// work is one of CONCURRENCY goroutines: it handles one job after the other.
+// work is one of up to CONCURRENCY goroutines: it handles one job after the other.
 func (o *Outbox) work(quit context.Context) {
 	var c call.Caller
 	defer c.Close()
@@ -21,7 +21,9 @@ func (o *Outbox) work(quit context.Context) {
 	defer o.mu.Unlock()
 	for {
 		for len(o.buffer) == 0 && !o.stopping {
+			o.idle++
 			o.ready.Wait()
+			o.idle--
 		}
 		if o.stopping {
 			return

@@ -35,3 +35,20 @@ func (q *fifo) pop() notify.Notification {
 	}
 	return n
 }
+
+// size is what a notification that waits takes: its payload, its place in a ring of which half may be empty, and what the
+// allocator rounds up.
+func size(n notify.Notification) int64 { return int64(len(n.Payload)) + 256 }
+
+// fits says whether q may hold so much more. q.mu is held, here and below.
+func (q *Queue) fits(more int64) bool {
+	return q.options.Memory == nil || q.options.Memory.Fits(q.bytes, more)
+}
+
+// hold counts bytes that q holds from now on, or no longer holds.
+func (q *Queue) hold(bytes int64) {
+	if q.options.Memory != nil {
+		q.options.Memory.Changed(q.bytes, q.bytes+bytes)
+	}
+	q.bytes += bytes
+}

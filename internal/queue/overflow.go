@@ -2,6 +2,8 @@ package queue
 
 import (
 	"time"
+
+	"github.com/pglistener/pglistener/internal/notify"
 )
 
 // overflowQuiet is how long a queue must not have been full again before its overflow is over.
@@ -15,9 +17,9 @@ func (q *Queue) overflow() (taken bool) {
 	if q.fullAt.IsZero() {
 		q.fullAt = time.Now()
 		if drop {
-			q.log.Warn("queue full: new notifications are dropped until there is room", "queue", q.options.Size)
+			q.log.Warn("queue full: new notifications are dropped until there is room", "queue", q.waiting.len(), "bytes", q.bytes)
 		} else {
-			q.log.Warn("queue full: reading stopped on all channels, the server buffers until there is room", "queue", q.options.Size)
+			q.log.Warn("queue full: reading stopped on all channels, the server buffers until there is room", "queue", q.waiting.len(), "bytes", q.bytes)
 		}
 	}
 	if drop {
@@ -28,9 +30,11 @@ func (q *Queue) overflow() (taken bool) {
 	return drop
 }
 
-// afterPop ends an overflow step by step as the queue empties. q.mu is held.
-func (q *Queue) afterPop() {
-	if q.stalled && q.waiting.len() <= q.options.Size/2 {
+// pop takes the next notification, and ends an overflow step by step as the queue empties. q.mu is held.
+func (q *Queue) pop() notify.Notification {
+	n := q.waiting.pop()
+	q.hold(-size(n))
+	if q.stalled && q.waiting.len() <= q.options.Size/2 && q.fits(q.bytes) {
 		q.stalled = false
 		select {
 		case q.room <- struct{}{}:
@@ -44,6 +48,7 @@ func (q *Queue) afterPop() {
 		// A queue that fills again and again is one overflow, not a thousand.
 		q.quietTimer.Reset(overflowQuiet)
 	}
+	return n
 }
 
 // endOverflow logs the end of an overflow, if there was one and it is over. q.mu is held.

@@ -32,6 +32,11 @@ type Options struct {
 	Secret   bool          // payloads are kept out of the log
 	Rung     bool          // a doorbell that runs when it is rung, and neither at starts and gaps nor every CatchUpInterval
 
+	// Memory bounds the bytes that all queues hold together; nil does not.
+	Memory interface {
+		Fits(held, more int64) bool
+		Changed(before, now int64)
+	}
 	// Times says when a doorbell rings by itself, if it does: for how long to wait until it is asked whether it is Due, and for
 	// which time. It is used by one goroutine at a time.
 	Times interface {
@@ -57,6 +62,7 @@ type Queue struct {
 
 	mu         sync.Mutex // guards what follows
 	waiting    fifo
+	bytes      int64          // that wait
 	running    int            // goroutines
 	sweep      *time.Timer    // rings every CatchUpInterval; nil before Start and after Drained
 	spare      []*call.Caller // of goroutines that have ended, for the next ones
@@ -147,9 +153,10 @@ func (q *Queue) Offer(n notify.Notification) bool {
 		q.abandon(n, notify.ErrShutdownTimeout)
 		return true
 	}
-	if q.waiting.len() < q.options.Size {
+	if q.waiting.len() == 0 || q.waiting.len() < q.options.Size && q.fits(size(n)) {
 		q.counts.received++
 		q.waiting.push(n)
+		q.hold(size(n))
 		q.start()
 		return true
 	}
@@ -195,7 +202,7 @@ func (q *Queue) AbandonRest() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for q.waiting.len() > 0 {
-		q.abandon(q.waiting.pop(), notify.ErrShutdownTimeout)
+		q.abandon(q.pop(), notify.ErrShutdownTimeout)
 	}
 	q.endOverflow()
 	if q.running > 0 {
@@ -232,8 +239,7 @@ func (q *Queue) run() {
 			q.do(c, q.catchUp, n)
 			q.catching = false
 		} else if q.waiting.len() > 0 {
-			n := q.waiting.pop()
-			q.afterPop()
+			n := q.pop()
 			q.do(c, q.handle, n)
 		} else {
 			break

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/pglistener/pglistener/internal/call"
+	"github.com/pglistener/pglistener/internal/memory"
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 	"github.com/pglistener/pglistener/internal/retry"
@@ -477,4 +478,64 @@ func TestDoorbellRingsAtItsTimes(t *testing.T) {
 			t.Errorf("told %v and %v", runs[0].RunAt, runs[2].RunAt)
 		}
 	})
+}
+
+// TestQueuesShareMemory: together queues hold no more than their memory, each is sure of its share, and room comes back as the
+// queue empties.
+func TestQueuesShareMemory(t *testing.T) {
+	t.Parallel()
+	payload := strings.Repeat("x", 1000-256) // which counts as 1000
+	b := memory.New(40_000, 2)
+	gate := make(chan struct{})
+	wait := notify.HandlerFunc(func(context.Context, notify.Notification) error { <-gate; return nil })
+	greedy := newTestQueue(t, wait, Options{Memory: b})
+	modest := newTestQueue(t, wait, Options{Memory: b})
+	fill := func(w testQueue) (n int) {
+		for n < 900 && w.Offer(notify.Notification{Payload: payload}) {
+			n++
+		}
+		return n
+	}
+	// One of each runs already, or will soon.
+	if n := fill(greedy); n < 30 || n > 31 {
+		t.Errorf("one queue took %d of 40, with a share of 10", n)
+	}
+	if n := fill(modest); n < 10 || n > 11 {
+		t.Errorf("the other took %d, with a share of 10", n)
+	}
+	if greedy.Offer(notify.Notification{Payload: payload}) {
+		t.Error("a queue that has taken all it can takes more")
+	}
+	line := greedy.Wait(t, "queue full", 1)
+	if bytes, _ := line["bytes"].(float64); bytes < 30_000 || bytes > 31_000 {
+		t.Errorf("the log says %v", line)
+	}
+	close(gate)
+	select {
+	case <-greedy.Room():
+	case <-time.After(testkit.Patience):
+		t.Fatal("there is no room although the queue has emptied")
+	}
+	greedy.finish(t)
+	modest.finish(t)
+	if !b.Fits(0, 30_000) {
+		t.Error("when all was handled, not all memory is free")
+	}
+}
+
+// TestLargeNotificationPassesASmallShare: what is larger than the whole share is handled one at a time.
+func TestLargeNotificationPassesASmallShare(t *testing.T) {
+	t.Parallel()
+	gate := make(chan struct{})
+	w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error { <-gate; return nil }), Options{Memory: memory.New(100, 10)})
+	large := notify.Notification{Payload: strings.Repeat("x", 8000)}
+	taken := 0
+	for taken < 5 && w.Offer(large) {
+		taken++
+	}
+	if taken < 1 || taken > 2 { // one that runs, and one that waits
+		t.Errorf("%d were taken", taken)
+	}
+	close(gate)
+	w.finish(t)
 }
