@@ -35,7 +35,7 @@ type Event struct {
 	Attempts int       // what the row said before, of a claim after
 	At       time.Time // of the transaction
 	Until    time.Time // of a claim: when its lease ends
-	Payload  string    // of Committed
+	Payload  string    // of Committed, without a newline at its end
 }
 
 // Call is a call of a handler that has succeeded.
@@ -182,6 +182,7 @@ func Read(db *sql.DB, table string) (h History, err error) {
 		if err := rows.Scan(&e.Seq, &e.Kind, &e.Row, &e.ID, &e.By, &e.Attempts, &e.At, &e.Until, &e.Payload); err != nil {
 			return h, err
 		}
+		e.Payload = strings.TrimSuffix(e.Payload, "\n")
 		h.Events = append(h.Events, e)
 	}
 	if err := rows.Err(); err != nil {
