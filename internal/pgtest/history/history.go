@@ -70,6 +70,7 @@ func Check(h History) *Report {
 	r := &Report{}
 	events := slices.Clone(h.Events)
 	slices.SortFunc(events, func(a, b Event) int { return int(a.Seq - b.Seq) })
+	// superseded are those of which nobody is to be told.
 	committed, payloads, superseded, failed := map[string]Event{}, map[string]bool{}, map[string]bool{}, map[string]bool{}
 	for _, e := range events {
 		switch e.Kind {
@@ -77,6 +78,8 @@ func Check(h History) *Report {
 			committed[e.ID], payloads[e.Payload] = e, true
 		case Superseded:
 			superseded[e.ID] = true
+		case Done: // at attempt 0 only the first time of a schedule is found
+			superseded[e.ID] = superseded[e.ID] || e.Attempts == 0
 		case Failed:
 			failed[e.ID] = true
 		}
@@ -126,7 +129,6 @@ func Check(h History) *Report {
 			if !held || holder.By != e.By || holder.Attempts != e.Attempts && e.Attempts >= 0 {
 				r.complain("the fence is broken: row %d is %s by %s at attempt %d, and was last claimed by %q at attempt %d", e.Row, e.Kind, e.By, e.Attempts, holder.By, holder.Attempts)
 			}
-			// At attempt 0 only the first time of a schedule is found.
 			if e.Kind == Done && e.Attempts > 0 && !by[attempt{e.ID, e.By, e.Attempts}] {
 				r.complain("row %d is done by %s at attempt %d, and %s has not handled it then", e.Row, e.By, e.Attempts, e.By)
 			}

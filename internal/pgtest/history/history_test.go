@@ -15,7 +15,8 @@ func TestCheckSeesWhatIsWrong(t *testing.T) {
 	start := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
 	at := func(seconds int) time.Time { return start.Add(time.Duration(seconds) * time.Second) }
 	// Row 1 is handled twice: replica a is killed, and b takes it when the lease has ended. Row 2 fails once, is given back once, and
-	// becomes another event while it waits; then it is done. Row 3 still waits, and row 4 was given up.
+	// becomes another event while it waits; then it is done. Row 3 still waits, row 4 was given up, and row 5 has found the
+	// first time of its schedule.
 	good := func() History {
 		return History{
 			Events: []Event{
@@ -36,14 +37,18 @@ func TestCheckSeesWhatIsWrong(t *testing.T) {
 				{15, Committed, 4, "e4", "producer", 0, at(17), at(17), "four"},
 				{16, Claimed, 4, "e4", "b", 1, at(18), at(28), ""},
 				{17, Failed, 4, "e4", "b", 1, at(19), at(19), ""},
+				{18, Committed, 5, "e5", "b", -1, at(20), at(20), "schedule"},
+				{19, Claimed, 5, "e5", "a", 0, at(20), at(30), ""},
+				{20, Done, 5, "e5", "a", 0, at(21), at(21), ""},
+				{21, Committed, 5, "e5b", "a", 0, at(21), at(21), "schedule"},
 			},
 			Calls:   Calls("e1 a 1 one\ne1 b 2 one\ne2b b 2 two, changed\n"),
 			Known:   []string{"one", "two", "two, changed"},
-			Left:    map[string]bool{"e3": true},
+			Left:    map[string]bool{"e3": true, "e5b": true},
 			Ordered: true,
 		}
 	}
-	if r := Check(good()); len(r.Problems) > 0 || r.Committed != 5 || r.Handled != 2 || r.Repeats != 1 {
+	if r := Check(good()); len(r.Problems) > 0 || r.Committed != 7 || r.Handled != 2 || r.Repeats != 1 {
 		t.Errorf("%+v", r)
 	}
 	without := func(h *History, seq int64) {
