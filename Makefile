@@ -3,7 +3,7 @@
 
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: build demo test test-extra lint matrix new postgres tools bench
+.PHONY: build demo test test-extra soak lint matrix new postgres tools bench
 
 build:
 	CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o bin/pglistener .
@@ -18,10 +18,17 @@ demo: postgres build
 test: tools lint
 	go test -race -shuffle=on ./...
 
-# What is heavy: the whole suites of copies without each feature, outages that last, and much memory.
+# What is heavy: the whole suites of copies without each feature, outages that last, much memory, and a fault after every message.
 test-extra: tools
-	TEST_EXTRA=yes go test -count=1 -timeout=60m -run '^(TestCopiesPassTheirTests|TestOutageOfAMinute|TestOldProgramWorksTheNewTable|TestReplicasThatFallSilentFreezeOrDie|TestMemoryIsBounded)$$' .
+	TEST_EXTRA=yes go test -count=1 -timeout=60m -run '^(TestCopiesPassTheirTests|TestOutageOfAMinute|TestOldProgramWorksTheNewTable|TestReplicasThatFallSilentFreezeOrDie|TestMemoryIsBounded|TestEveryBoundary)$$' .
+	TEST_EXTRA=yes go test -count=1 -run '^TestClaimProtocolAsModel$$' ./internal/outbox # feature: outbox
 
+# begin: outbox execcmd webhook health
+# Faults at random for SOAK_MINUTES, 30 if it is not set; one line a minute. CHAOS_SEED=123 repeats a plan.
+soak: tools
+	TEST_SOAK=yes go test -v -count=1 -timeout=0 -run '^TestSoak$$' .
+
+# end: outbox execcmd webhook health
 lint:
 	go vet ./...
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt these: $$unformatted"; exit 1; }

@@ -77,8 +77,8 @@ func (c *Config) warnings(environ []string) (all []string) {
 	return append(all, env.Unknown(environ, c, &ChannelSettings{}, c.routes)...)
 }
 
-// dsn is the connection string with the name that pg_stat_activity shows unless the user chose one.
-func (c *Config) dsn() string { return env.WithApplicationName(c.DatabaseURL, "pglistener") }
+// dsn is the connection string with what holds unless the user chose otherwise.
+func (c *Config) dsn() string { return env.WithDefaults(c.DatabaseURL, "pglistener") }
 
 // setup is what the handler of a route is given.
 func (c *Config) setup(r env.Route, log *slog.Logger) Setup {

@@ -164,21 +164,23 @@ func TestOldProgramWorksTheNewTable(t *testing.T) {
 // times go on.
 func TestReplicasThatFallSilentFreezeOrDie(t *testing.T) {
 	extra(t)
-	tab, channel, dir := outboxTable(t, testkit.DB(t)), testkit.ChannelName(t), t.TempDir()
-	script := filepath.Join(dir, "script")
-	if err := os.WriteFile(script, []byte("#!/bin/sh\necho \"$REPLICA $PGLISTENER_RUN_AT\" >> "+dir+"/ran\nsleep 0.3\n"), 0o755); err != nil {
+	tab, channel, dir := testkit.ChannelName(t), testkit.ChannelName(t), t.TempDir()
+	recorded(t, testkit.DB(t), tab)
+	script, handled := filepath.Join(dir, "script"), filepath.Join(dir, "handled")
+	if err := os.WriteFile(script, []byte("#!/bin/sh\necho \"$REPLICA $PGLISTENER_RUN_AT\" >> "+dir+"/ran\nsleep 0.3\n"+
+		"echo \"$PGLISTENER_ID $REPLICA $PGLISTENER_ATTEMPT \" >> "+handled+"\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
 	replicas := make([]*process, 3)
 	for i := range replicas {
 		v := fast(testkit.DSN(t), channel+"=outbox:exec:"+script, sending(tab, vars{
-			"HANDLER_TIMEOUT": "1s", "CATCH_UP_INTERVAL": "1s", "REPLICA": fmt.Sprint(i), strings.ToUpper(channel) + "_SCHEDULE": "@every 1s",
+			"HANDLER_TIMEOUT": "1s", "CATCH_UP_INTERVAL": "1s", strings.ToUpper(channel) + "_SCHEDULE": "@every 1s",
 		}))
 		if i == 0 {
 			v["DATABASE_URL"] = dsn
 		}
-		replicas[i] = runProgram(t, v)
+		replicas[i] = runProgram(t, replicated(v, i))
 		replicas[i].Wait(t, "listening", 1)
 	}
 	ran := func() []string {
@@ -187,7 +189,7 @@ func TestReplicasThatFallSilentFreezeOrDie(t *testing.T) {
 	}
 	// busy waits until a replica is in the middle of a run, and goesOn until others have run ten times more.
 	busy := func(i int) {
-		testkit.Eventually(t, fmt.Sprintf("replica %d never runs", i), func() bool { all := ran(); return strings.HasPrefix(all[len(all)-1], fmt.Sprint(i)) })
+		testkit.Eventually(t, fmt.Sprintf("replica %d never runs", i), func() bool { all := ran(); return strings.HasPrefix(all[len(all)-1], fmt.Sprintf("replica-%d ", i)) })
 	}
 	goesOn := func(what string) {
 		t.Helper()
@@ -211,6 +213,11 @@ func TestReplicasThatFallSilentFreezeOrDie(t *testing.T) {
 	busy(2)
 	replicas[2].signal(t, syscall.SIGKILL)
 	goesOn("was killed")
+	for _, p := range replicas[:2] {
+		p.signal(t, syscall.SIGTERM)
+		p.exit(t, cli.OK, stopBound)
+	}
+	judge(t, testkit.DB(t), tab, handled, nil, false)
 	times := map[string]int{}
 	for _, line := range ran() {
 		_, at, _ := strings.Cut(line, " ")

@@ -45,9 +45,9 @@ func Run(ctx context.Context, in Input, out io.Writer) (ok bool) {
 		what, text, _ := strings.Cut(l, ": ")
 		r.line(nil, what, text)
 	}
-	if r.server(ctx, in) {
+	if mute, ok := r.server(ctx, in); ok {
 		r.handlers(ctx, in)
-		r.delivery(ctx, in)
+		r.delivery(ctx, in, mute)
 	}
 	return !r.failed
 }
@@ -67,24 +67,35 @@ func (r *report) line(err error, what, text string) {
 	fmt.Fprintf(r.out, "%s  %-10s %s\n", verdict, what, text)
 }
 
-// server asks the server what it is, and returns whether it can be listened to.
-func (r *report) server(ctx context.Context, in Input) bool {
-	var version string
+// mutes are servers that speak the protocol and may not LISTEN, by what their version() says of them.
+var mutes = map[string]string{
+	"CockroachDB": "CockroachDB has no LISTEN",
+	"-YB-":        "YugabyteDB has LISTEN from 2025.2.3 on, and only with the flag ysql_yb_enable_listen_notify on all masters and tservers",
+}
+
+// server asks the server what it is, and returns whether it can be listened to; mute is why it might not LISTEN, or "".
+func (r *report) server(ctx context.Context, in Input) (mute string, ok bool) {
+	var version, full string
 	var standby bool
 	db, err := pgconn.OpenDB(in.DSN, in.Timeout)
 	if err == nil {
 		defer db.Close()
-		err = db.QueryRowContext(ctx, "select current_setting('server_version'), pg_is_in_recovery()").Scan(&version, &standby)
+		err = db.QueryRowContext(ctx, "select current_setting('server_version'), pg_is_in_recovery(), version()").Scan(&version, &standby, &full)
 	}
 	r.line(err, "connect", "PostgreSQL "+version)
 	if err != nil {
-		return false
+		return "", false
+	}
+	for mark, why := range mutes {
+		if strings.Contains(full, mark) {
+			mute = why
+		}
 	}
 	if standby {
 		err = errors.New("a standby, where LISTEN is not possible; add target_session_attrs=read-write and all hosts to DATABASE_URL, or wait until it is promoted")
 	}
 	r.line(err, "server", "a primary")
-	return err == nil
+	return mute, err == nil
 }
 
 // handlers asks each handler whether what it needs is there.
@@ -101,9 +112,12 @@ func (r *report) handlers(ctx context.Context, in Input) {
 }
 
 // delivery says whether the channels can be LISTENed, and whether a probe comes back.
-func (r *report) delivery(ctx context.Context, in Input) {
+func (r *report) delivery(ctx context.Context, in Input, mute string) {
 	roundTrip, listened, err := in.Listen(ctx)
 	switch {
+	case !listened && mute != "":
+		r.line(fmt.Errorf("%s: %w", mute, err), "listen", "")
+		return
 	case !listened:
 		r.line(err, "listen", "")
 		return

@@ -62,15 +62,25 @@ func anySet(lookup Lookuper, names ...string) bool {
 	})
 }
 
-// WithApplicationName adds the name that pg_stat_activity shows, unless the DSN has one.
-func WithApplicationName(dsn, name string) string {
-	const key = "fallback_application_name"
+// WithDefaults adds what holds unless the connection string, the PG* variables or the service file say otherwise: the name that
+// pg_stat_activity shows, and sslmode=require, which is lib/pq's own default only until its next release. Neither sslrootcert=system
+// nor a unix socket leaves sslmode open.
+func WithDefaults(dsn, name string) string {
+	dsn = with(dsn, "fallback_application_name", name)
+	if cfg, err := pq.NewConfig(dsn); err == nil && cfg.SSLMode == "" {
+		dsn = with(dsn, "sslmode", string(pq.SSLModeRequire))
+	}
+	return dsn
+}
+
+// with adds a key to a connection string.
+func with(dsn, key, value string) string {
 	if !strings.HasPrefix(dsn, "postgres://") && !strings.HasPrefix(dsn, "postgresql://") {
-		return key + "=" + name + " " + dsn
+		return key + "=" + value + " " + dsn
 	}
 	separator := "?"
 	if strings.Contains(dsn, "?") {
 		separator = "&"
 	}
-	return dsn + separator + key + "=" + name
+	return dsn + separator + key + "=" + value
 }

@@ -88,6 +88,7 @@ type job struct {
 	schedule string
 	keyed    bool
 	xmin     string // changes when somebody else changes the row
+	until    string // its leased_until, which no other claim has
 	created  time.Time
 	runAt    time.Time
 	due      time.Time // since when it has been due, failures apart: the nominal time of a schedule

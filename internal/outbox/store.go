@@ -15,8 +15,8 @@ import (
 // store is the SQL of the outbox. All times are the server's. There is no context: each statement is short, and the connection
 // bounds it by PING_TIMEOUT; one that were cancelled while the server commits it would leave rows claimed by nobody.
 //
-// A row is ours while its lease and its attempts are what they were when it was claimed: every claim changes one of them, and an
-// upsert neither. Whether an upsert has changed it since is seen by its xmin.
+// A row is ours while lease, attempts and leased_until are what they were when it was claimed: every claim changes one of them, and an
+// upsert none. leased_until is needed where attempts may have begun again. Whether an upsert has changed it since is seen by its xmin.
 type store struct {
 	db      *sql.DB
 	table   table
@@ -58,7 +58,7 @@ var claimSQL = `
 	update {table} o set attempts = attempts + 1, lease = $4, leased_until = now() + $3 * interval '1 second'
 	from summed where o.ctid = summed.place and summed.before < $7
 	returning o.id, coalesce(o.event_id::text, o.id::text), o.payload, o.attempts, coalesce(o.schedule, ''), o.key is not null,
-		o.xmin::text, extract(epoch from o.run_at)::float8, extract(epoch from coalesce(o.due_at, o.run_at))::float8,
+		o.xmin::text, o.leased_until::text, extract(epoch from o.run_at)::float8, extract(epoch from coalesce(o.due_at, o.run_at))::float8,
 		extract(epoch from o.created_at)::float8`
 
 // claim takes up to n due rows after a place, but no more once their payloads have s.bytes.
@@ -74,7 +74,7 @@ func (s store) claim(n int, from place) ([]job, error) {
 	for rows.Next() {
 		j := job{claimed: began}
 		var runAt, due, created float64
-		if err := rows.Scan(&j.id, &j.event, &j.payload, &j.attempts, &j.schedule, &j.keyed, &j.xmin, &runAt, &due, &created); err != nil {
+		if err := rows.Scan(&j.id, &j.event, &j.payload, &j.attempts, &j.schedule, &j.keyed, &j.xmin, &j.until, &runAt, &due, &created); err != nil {
 			return nil, err
 		}
 		j.runAt, j.due, j.created = fromEpoch(runAt), fromEpoch(due), fromEpoch(created)
@@ -104,7 +104,8 @@ func (s store) nextDue(from place) (wait time.Duration, now time.Time, took time
 	return time.Duration(max(-1, min(next.Float64, 3600)) * float64(time.Second)), now, took, nil
 }
 
-// complete deletes rows that have neither key nor schedule, if they are still ours, and returns how many were.
+// complete deletes rows that have neither key nor schedule, if they are still ours, and returns how many were. Of these rows attempts
+// never begin again.
 func (s store) complete(ids []int64, attempts int) (int, error) {
 	return s.exec(`delete from {table} where id = any($1) and attempts = $2 and lease = $3`, pq.Int64Array(ids), attempts, s.owner)
 }
@@ -135,9 +136,9 @@ func (s store) end(rows []ending) (fates map[int64]fate, err error) {
 	var ids, attempts pq.Int64Array
 	var waits, nexts pq.Float64Array
 	var failed pq.BoolArray
-	var texts, xmins pq.StringArray
+	var texts, xmins, untils pq.StringArray
 	for _, r := range rows {
-		ids, attempts, xmins = append(ids, r.id), append(attempts, int64(r.attempts)), append(xmins, r.xmin)
+		ids, attempts, xmins, untils = append(ids, r.id), append(attempts, int64(r.attempts)), append(xmins, r.xmin), append(untils, r.until)
 		waits, failed, texts = append(waits, r.wait.Seconds()), append(failed, r.failed), append(texts, r.text)
 		next := 0.0
 		if !r.runAt.IsZero() {
@@ -156,10 +157,11 @@ func (s store) end(rows []ending) (fates map[int64]fate, err error) {
 	}
 	found, err := s.db.Query(s.table.sql(`
 		with r as materialized (
-			select * from unnest($1::bigint[], $2::int[], $3::text[], $4::float8[], $5::float8[], $6::bool[], $7::text[])
-				as r (id, attempts, was, wait, next, failed, text)),
+			select * from unnest($1::bigint[], $2::int[], $3::text[], $4::float8[], $5::float8[], $6::bool[], $7::text[], $9::timestamptz[])
+				as r (id, attempts, was, wait, next, failed, text, until)),
 		held as materialized (
-			select o.ctid as place, o.id, o.lease = $8 and (o.attempts = r.attempts or o.attempts = -1) as ours, o.xmin::text <> r.was as changed
+			select o.ctid as place, o.id, o.xmin::text <> r.was as changed,
+				o.lease = $8 and o.leased_until = r.until and (o.attempts = r.attempts or o.attempts = -1) as ours
 			from {table} o join r on o.id = r.id
 			for update of o skip locked),
 		`+copied+`
@@ -187,7 +189,7 @@ func (s store) end(rows []ending) (fates map[int64]fate, err error) {
 			when held.changed then 'changed' else 'ended' end
 		from r left join held on held.id = r.id
 		left join (select id from updated union all select id from deleted) written on written.id = r.id`),
-		ids, attempts, xmins, waits, nexts, failed, texts, s.owner)
+		ids, attempts, xmins, waits, nexts, failed, texts, s.owner, untils)
 	if err != nil {
 		return nil, err
 	}
@@ -214,16 +216,17 @@ func byKey[K comparable, V any](rows *sql.Rows) (map[K]V, error) {
 func (s store) giveBack(jobs []job) error {
 	var ids, attempts pq.Int64Array
 	var tries pq.BoolArray
+	var untils pq.StringArray
 	ring := false
 	for _, j := range jobs {
-		ids, attempts, tries = append(ids, j.id), append(attempts, int64(j.attempts)), append(tries, j.try)
+		ids, attempts, tries, untils = append(ids, j.id), append(attempts, int64(j.attempts)), append(tries, j.try), append(untils, j.until)
 		ring = ring || !j.try
 	}
 	_, err := s.exec(`
 		with held as materialized (
 			select o.ctid as place, r.try
-			from {table} o join unnest($1::bigint[], $2::int[], $3::bool[]) as r (id, attempts, try) on o.id = r.id
-			where o.lease = $4 and o.attempts = r.attempts
+			from {table} o join unnest($1::bigint[], $2::int[], $3::bool[], $7::timestamptz[]) as r (id, attempts, try, until) on o.id = r.id
+			where o.lease = $4 and o.attempts = r.attempts and o.leased_until = r.until
 			for update of o skip locked),
 		back as (
 			update {table} o set lease = null, leased_until = null, attempts = o.attempts - 1,
@@ -231,7 +234,7 @@ func (s store) giveBack(jobs []job) error {
 				due_at = case when held.try then coalesce(o.due_at, o.run_at) else o.due_at end
 			from held where o.ctid = held.place
 			returning 1)
-		select pg_notify($5, '') from (select 1 from back limit 1) one where $6`, ids, attempts, tries, s.owner, s.channel, ring)
+		select pg_notify($5, '') from (select 1 from back limit 1) one where $6`, ids, attempts, tries, s.owner, s.channel, ring, untils)
 	return err
 }
 

@@ -7,6 +7,8 @@ import (
 	"net"
 	"time"
 
+	"github.com/lib/pq"
+
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/retry"
 )
@@ -70,10 +72,11 @@ func (a *Account) Lost(at, heard, unreadSince time.Time, err error) {
 	attrs := []any{"error", err}
 	if a.Listening {
 		attrs = append(attrs, "uptime", at.Sub(a.Since).Round(time.Millisecond))
-		// A connection that was cut has heard everything until then; of one that fell silent only the last byte is sure.
-		a.deafSince = at
-		if IsTimeout(err) {
-			a.deafSince = heard
+		// What the server sent before its last word has been heard. Of a connection that the network ended only the last byte is
+		// sure: it may have been dead for long before a ping was answered by a reset.
+		a.deafSince = heard
+		if pq.As(err) != nil {
+			a.deafSince = at
 		}
 		if !unreadSince.IsZero() {
 			a.deafSince = unreadSince

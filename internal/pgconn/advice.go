@@ -45,6 +45,8 @@ func advise(err error) help {
 			return help{"the server is a standby, where LISTEN is not possible; waiting until it is promoted", true}
 		case pqerror.TooManyConnections: // 53300
 			return help{"all connection slots are taken; waiting for one", true}
+		case pqerror.UndefinedFile: // 58P01
+			return help{"if it cannot access the status of a transaction, this is a bug of the server, fixed in 14.21, 15.16, 16.12, 17.8 and 18.2: update it", true}
 		}
 		return help{waiting: true}
 	}

@@ -1,0 +1,49 @@
+//go:build unix
+
+package check
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/lib/pq"
+
+	"github.com/pglistener/pglistener/internal/pgtest"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
+)
+
+// TestServersWithoutListenAreNamed plays CockroachDB and YugabyteDB, which are not there to be asked: a fake server says what
+// their version() says, and LISTEN fails as it does there.
+func TestServersWithoutListenAreNamed(t *testing.T) {
+	t.Parallel()
+	refused := &pq.Error{Code: "0A000", Message: "LISTEN is not supported"}
+	for _, c := range []struct {
+		version  string
+		listened bool
+		want     string
+	}{
+		{"CockroachDB CCL v24.3.1 (x86_64-pc-linux-gnu, built 2024/12/05)", false, "FAIL  listen     CockroachDB has no LISTEN: pq: LISTEN is not supported"},
+		{"PostgreSQL 15.12-YB-2025.2.1.0-b0 on x86_64-pc-linux-gnu", false, "FAIL  listen     YugabyteDB has LISTEN from 2025.2.3 on, and only with the flag ysql_yb_enable_listen_notify"},
+		{"PostgreSQL 15.12-YB-2025.2.3.0-b0 on x86_64-pc-linux-gnu", true, "ok    listen     orders"},
+		{"PostgreSQL 15.18 (Debian 15.18-0+deb12u1) on x86_64-pc-linux-gnu", false, "FAIL  listen     pq: LISTEN is not supported"},
+	} {
+		t.Run(c.version, func(t *testing.T) {
+			t.Parallel()
+			addr := testkit.FakeServer(t, "15.12", "f", c.version)
+			var out strings.Builder
+			Run(t.Context(), Input{DSN: pgtest.DSN(addr), Timeout: testkit.Patience, Channels: []string{"orders"},
+				Listen: func(context.Context) (time.Duration, bool, error) {
+					if c.listened {
+						return time.Millisecond, true, nil
+					}
+					return 0, false, errors.Join(refused)
+				}}, &out)
+			if !strings.Contains(out.String(), c.want) {
+				t.Errorf("no %q in\n%s", c.want, &out)
+			}
+		})
+	}
+}

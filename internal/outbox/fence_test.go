@@ -1,0 +1,86 @@
+//go:build unix
+
+package outbox
+
+import (
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
+)
+
+// TestFenceSeesEveryClaim plays what the model found on the real statements: attempts begin again when a row is changed while its
+// handler runs, or moves to its next time, and then the same replica may hold it with the same lease and the same attempts.
+func TestFenceSeesEveryClaim(t *testing.T) {
+	t.Parallel()
+	db, channel, tab := testkit.DB(t), testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	names, err := parseTable(tab)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := store{db: db, table: names, channel: channel, owner: "11111111-1111-1111-1111-111111111111", lease: time.Minute, bytes: 1 << 20}
+	claim := func() job {
+		t.Helper()
+		jobs, err := s.claim(10, place{})
+		if err != nil || len(jobs) != 1 {
+			t.Fatalf("%d rows claimed: %v", len(jobs), err)
+		}
+		return jobs[0]
+	}
+	end := func(e ending, want fate) {
+		t.Helper()
+		fates, err := s.end([]ending{e})
+		if err != nil || fates[e.id] != want {
+			t.Fatalf("%v: %v, want %s", fates, err, want)
+		}
+	}
+	held := func(j job) {
+		t.Helper()
+		var until string
+		err := db.QueryRow(names.sql("select leased_until::text from {table} where id = $1 and lease = $2 and attempts = $3"), j.id, s.owner, j.attempts).Scan(&until)
+		if err != nil || until != j.until {
+			t.Fatalf("it is leased until %q, want %q: %v", until, j.until, err)
+		}
+	}
+	upsert := func() {
+		t.Helper()
+		testkit.Exec(t, db, names.sql(`insert into {table} (channel, key, payload) values ($1, 'k', clock_timestamp()::text)
+			on conflict (channel, key) where failed_at is null do update set payload = excluded.payload`), channel)
+	}
+
+	upsert()
+	first := claim()
+	upsert()
+	end(ending{job: first}, changed) // and the answer is lost
+	second := claim()
+	if second.attempts != first.attempts {
+		t.Fatalf("attempts are %d, then %d", first.attempts, second.attempts)
+	}
+	end(ending{job: first}, lost)
+	held(second)
+	if err := s.giveBack([]job{first}); err != nil {
+		t.Fatal(err)
+	}
+	held(second)
+	if err := s.giveBack([]job{second}); err != nil {
+		t.Fatal(err)
+	}
+	third := claim()
+	end(ending{job: third}, ended)
+
+	testkit.Exec(t, db, names.sql("insert into {table} (channel, schedule, attempts) values ($1, '@every 1s', 0)"), channel)
+	_ = claim() // at attempts -1, which the trigger sets: its first time is to be found
+	testkit.Exec(t, db, names.sql("update {table} set lease = null, leased_until = null, attempts = 0"))
+	run := claim()
+	end(ending{job: run, runAt: time.Now().Add(-time.Second)}, ended)
+	next := claim()
+	if next.attempts != run.attempts {
+		t.Fatalf("attempts are %d, then %d", run.attempts, next.attempts)
+	}
+	end(ending{job: run, runAt: time.Now().Add(time.Hour)}, lost)
+	held(next)
+	if ids, err := s.alive([]int64{next.id}); err != nil || !slices.Equal(ids, []int64{next.id}) {
+		t.Errorf("alive: %v, %v", ids, err)
+	}
+}
