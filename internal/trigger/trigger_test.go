@@ -257,16 +257,22 @@ func (w *world) copyIn(table string, ids ...string) {
 	}
 }
 
-// remove runs the statements that the script has for it, and looks for what they left.
-func (w *world) remove(script string) {
+// drop runs the statements of the script that remove what it makes.
+func (w *world) drop(script string) (statements int) {
 	w.t.Helper()
-	statements := 0
 	for line := range strings.Lines(script) {
 		if s, ok := strings.CutPrefix(line, "--   drop "); ok {
 			testkit.Exec(w.t, w.owner, "drop "+s)
 			statements++
 		}
 	}
+	return statements
+}
+
+// remove runs the statements that the script has for it, and looks for what they left.
+func (w *world) remove(script string) {
+	w.t.Helper()
+	statements := w.drop(script)
 	var left int
 	err := w.admin.QueryRow(`select (select count(*) from pg_proc where pronamespace = $1::regnamespace)
 		+ (select count(*) from pg_trigger t join pg_class c on c.oid = tgrelid where relnamespace = $1::regnamespace)`, w.schema).Scan(&left)
@@ -427,6 +433,68 @@ func TestColumnsOfLaterDays(t *testing.T) {
 	if _, err := w.owner.Exec("alter table narrow drop a"); err == nil {
 		t.Error("a column that the trigger carries could be dropped")
 	}
+}
+
+// TestTheTableChanges: what docs/trigger.md says of it.
+func TestTheTableChanges(t *testing.T) {
+	w := newWorld(t)
+	w.make("create table t (id int primary key, a int, b int)", "create table narrow (id int primary key, a int, b int)")
+	script := w.install(w.options("t"))
+	o := w.options("narrow")
+	o.Columns = "a"
+	narrow := w.install(o)
+	fails := func(db *sql.DB, statement, want string) {
+		t.Helper()
+		if _, err := db.Exec(statement); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", statement, err)
+		}
+	}
+	w.write("insert into t values (1, 1, 1)", "insert into narrow values (1, 1, 1)")
+	w.raw("t")
+	w.raw("narrow")
+
+	// Columns that are neither in the key nor listed may be renamed and dropped.
+	w.make("alter table t rename a to c", "alter table narrow rename b to c")
+	w.write("update t set c = 2", "update narrow set a = 2")
+	w.told("t", `{"op":"update","table":"SCHEMA.t","key":{"id":1},"new":{"id":1,"c":2,"b":1},"old":{"id":1,"c":1,"b":1}}`)
+	w.told("narrow", `{"op":"update","table":"SCHEMA.narrow","key":{"id":1},"new":{"a":2},"old":{"a":1}}`)
+	w.make("alter table t drop c", "alter table narrow drop c")
+	w.write("update t set b = 2", "update narrow set a = 3")
+	w.told("t", `{"op":"update","table":"SCHEMA.t","key":{"id":1},"new":{"id":1,"b":2},"old":{"id":1,"b":1}}`)
+	w.told("narrow", `{"op":"update","table":"SCHEMA.narrow","key":{"id":1},"new":{"a":3},"old":{"a":2}}`)
+
+	// Of others writes fail, until it is printed and run again.
+	w.make("alter table t rename id to key", "alter table narrow rename a to z")
+	fails(w.db, "update t set b = 3", `has no field "id"`)
+	fails(w.db, "update narrow set z = 4", `has no field "a"`)
+	w.install(w.options("t"))
+	fails(w.owner, "alter table narrow drop z", "depend on it")
+	fails(w.owner, "alter table narrow alter z type bigint", "trigger definition")
+	w.drop(narrow)
+	o.Columns = "z"
+	w.install(o)
+	w.write("update t set b = 4", "update narrow set z = 5")
+	w.told("t", `{"op":"update","table":"SCHEMA.t","key":{"key":1},"new":{"key":1,"b":4},"old":{"key":1,"b":2}}`)
+	w.told("narrow", `{"op":"update","table":"SCHEMA.narrow","key":{"id":1},"new":{"z":5},"old":{"z":3}}`)
+	w.make("alter table t drop key")
+	fails(w.db, "update t set b = 5", `has no field "key"`)
+	w.install(w.options("t"))
+	w.write("update t set b = 6")
+	w.told("t", `{"op":"update","table":"SCHEMA.t","new":{"b":6},"old":{"b":4}}`)
+
+	// A renamed table keeps its channel and its name of old.
+	w.make("alter table t rename to renamed")
+	w.write("update renamed set b = 7")
+	w.told("t", `{"op":"update","table":"SCHEMA.t","new":{"b":7},"old":{"b":6}}`)
+	w.make("drop table narrow", "drop function pglistener_narrow()")
+	w.remove(strings.ReplaceAll(script, " on "+w.schema+".t;", " on "+w.schema+".renamed;"))
+
+	// Without the outbox, or the right to insert, there is no write either.
+	w.install(w.options("renamed"))
+	testkit.Exec(t, w.admin, "revoke insert on "+w.box+" from "+w.ownerRole)
+	fails(w.db, "update renamed set b = 8", "permission denied for table outbox")
+	testkit.Exec(t, w.admin, "drop table "+w.box)
+	fails(w.db, "update renamed set b = 8", "does not exist")
 }
 
 func TestPartitions(t *testing.T) {
