@@ -1,7 +1,8 @@
 -- What trigger.sql needs to know of a table: one object of texts, whose names stand in braces there. Where "refusal" is one, there
 -- can be no trigger. All quoting is the server's own.
 -- $1 the table, $2 the channel, $3 the columns, all as a person writes them, and the last two perhaps empty;
--- $4 the outbox as SQL writes it, $5 whether NOTIFY takes its place.
+-- $4 the outbox as SQL writes it, and $6 its oid, $5 whether NOTIFY takes its place; $7 where to look for tables, for it runs with a
+-- search_path that keeps out what others have made.
 with parts as (
 	select n, case when part like '"%' then array[replace(substr(part, 2, length(part) - 2), '""', '"')] else array[part, lower(part)] end as spelt
 	from unnest(regexp_match($1::text, '^(?:("(?:[^"]|"")+"|[^".]+)\.)?("(?:[^"]|"")+"|[^".]+)$')) with ordinality p (part, n)
@@ -11,7 +12,10 @@ with parts as (
 	join pg_class c on p.n = 2 and c.relname = any(p.spelt)
 	join pg_namespace n on n.oid = c.relnamespace
 	left join parts s on s.n = 1
-	where case when s.n is null then pg_table_is_visible(c.oid) else n.nspname = any(s.spelt) end
+	where case when s.n is not null then n.nspname = any(s.spelt)
+		else array_position($7::name[], n.nspname) = (
+			select min(array_position($7::name[], n.nspname)) from pg_class o join pg_namespace n on n.oid = o.relnamespace where o.relname = c.relname)
+		end
 ), this as (
 	select f.*, format('%I.%I', nspname, relname) as sql, coalesce(nullif($2::text, ''), relname) as channel,
 		-- in payloads and messages: as OUTBOX_TABLE is written, with quotes only where it needs them
@@ -21,7 +25,7 @@ with parts as (
 ), box as (
 	select c.oid, format('%I.%I', n.nspname, c.relname) as sql,
 		(select count(*) from pg_attribute a where a.attrelid = c.oid and a.attname in ('channel', 'payload') and not a.attisdropped) = 2 as fits
-	from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = to_regclass($4::text)
+	from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = $6::oid
 ), best as ( -- the primary key, or the best of the unique indexes that every row is in
 	select i.indkey, i.indnkeyatts from pg_index i, this
 	where i.indrelid = this.oid and i.indisunique and i.indisvalid and i.indpred is null and i.indexprs is null

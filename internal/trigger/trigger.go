@@ -89,7 +89,22 @@ func Print(dsn string, timeout time.Duration, outbox string, o Options, out io.W
 	var found []byte
 	values := map[string]string{}
 	err := pgconn.Once(dsn, timeout, func(ctx context.Context, db *sql.DB) error {
-		return db.QueryRowContext(ctx, catalog, o.Table, o.Channel, o.Columns, outbox, o.Notify).Scan(&found)
+		tx, err := db.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
+		if err != nil {
+			return err
+		}
+		defer func() { _ = tx.Rollback() }()
+		var path string
+		var box sql.NullString
+		// A function in a schema that others may write to, such as public before PostgreSQL 15, must not run as whoever prints.
+		const before, safe = "select pg_catalog.current_schemas(true), pg_catalog.to_regclass($1)::pg_catalog.oid", "set local search_path = pg_catalog, pg_temp"
+		if err = tx.QueryRowContext(ctx, before, outbox).Scan(&path, &box); err == nil {
+			_, err = tx.ExecContext(ctx, safe)
+		}
+		if err != nil {
+			return err
+		}
+		return tx.QueryRowContext(ctx, catalog, o.Table, o.Channel, o.Columns, outbox, o.Notify, box, path).Scan(&found)
 	})
 	if err == nil {
 		err = json.Unmarshal(found, &values)

@@ -28,7 +28,11 @@
 --   drop function if exists {function}();
 
 do {do}
+declare
+	path text := current_setting('search_path');
+	wait text := current_setting('lock_timeout');
 begin
+set local search_path = pg_catalog, pg_temp; -- so that nothing that others have made runs as whoever runs this
 set local lock_timeout = '10s'; -- writers wait behind this while it waits
 
 ?outbox -- Without this right every write to the table would fail.
@@ -81,4 +85,7 @@ create or replace trigger {update} after update on {table}
 	for each row when ({changed}) execute function {function}();
 create or replace trigger {truncate} after truncate on {table}
 	for each statement execute function {function}();
+-- For what comes after this in a migration.
+perform set_config('search_path', path, true);
+perform set_config('lock_timeout', wait, true);
 end {do};

@@ -114,10 +114,27 @@ func (w *world) install(o request) string {
 			w.t.Fatalf("psql: %v %s\n%s", err, out, script)
 		}
 	}
-	for _, s := range []string{"begin; " + script + " commit;", script} {
-		if _, err := w.owner.Exec(s); err != nil {
-			w.t.Fatalf("%v\n%s", err, script)
-		}
+	tx, err := w.owner.Begin()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer tx.Rollback()
+	const settings = "select current_setting('search_path') || ' ' || current_setting('lock_timeout')"
+	var before, after string
+	if err := tx.QueryRow(settings).Scan(&before); err != nil {
+		w.t.Fatal(err)
+	}
+	if _, err := tx.Exec(script); err != nil {
+		w.t.Fatalf("%v\n%s", err, script)
+	}
+	if err := tx.QueryRow(settings).Scan(&after); err != nil || after != before {
+		w.t.Errorf("the migration goes on with %s in place of %s (%v)", after, before, err)
+	}
+	if err := tx.Commit(); err != nil {
+		w.t.Fatal(err)
+	}
+	if _, err := w.owner.Exec(script); err != nil {
+		w.t.Error(err)
 	}
 	return script
 }
@@ -298,6 +315,10 @@ func TestOddTables(t *testing.T) {
 			table: `"a""b'c"`, channel: `a"b'c`,
 			then: []string{`insert into "a""b'c" values (1, 'x')`},
 			want: []string{`{"op":"insert","table":"SCHEMA.\"a\"\"b'c\"","key":{"i\"d'":1,"$pglistener$":"x"},"new":{"i\"d'":1,"$pglistener$":"x"}}`},
+		}, {
+			name: "percent and comma", create: `create table "100%s %I" ("%L,%s" int primary key)`, table: `100%s %I`, channel: `100%s %I`,
+			then: []string{`insert into "100%s %I" values (1)`},
+			want: []string{`{"op":"insert","table":"SCHEMA.100%s %I","key":{"%L,%s":1},"new":{"%L,%s":1}}`},
 		}, {
 			name: "backslash and placeholder", create: `create table "a\'{table}" ("b\" int primary key)`,
 			table: `a\'{table}`, channel: `a\'{table}`,
@@ -584,6 +605,7 @@ func TestColumns(t *testing.T) {
 	w := newWorld(t)
 	w.make(`create table c (gone int, id int primary key, a json, "B c" int, d int, total int generated always as (d + 1) stored)`,
 		"alter table c drop gone",
+		"create table odd (id int primary key, \"x,y\" int, \"X,\"\"Y\" int, z int)",
 		"create function touch() returns trigger language plpgsql as $$ begin if new.d = 5 then new.\"B c\" := 9; end if; return new; end $$",
 		"create trigger touch before update on c for each row execute function touch()")
 	o := w.options("c")
@@ -613,6 +635,12 @@ func TestColumns(t *testing.T) {
 	refused(t, o, `has no column "nope"; it has id, a, B c, d, total`)
 	o.Columns = ","
 	refused(t, o, `has no column ""`)
+
+	o = w.options("odd")
+	o.Columns = `"X,""Y" , "x,y"`
+	w.install(o)
+	w.write("insert into odd values (1, 2, 3, 4)", "update odd set z = 5")
+	w.told("odd", `{"op":"insert","table":"SCHEMA.odd","key":{"id":1},"new":{"X,\"Y":3,"x,y":2}}`)
 
 	var defs, names []string
 	for i := range 50 + 1 {
@@ -711,10 +739,14 @@ func TestWriterRunsNothingAsDefiner(t *testing.T) {
 		"pg_notify(text, text) returns void", "row_to_json(anyelement) returns json", "checks(text) returns bool",
 		"json_build_object(text, text, text, text) returns json", "json_build_object(text, integer) returns json",
 		"json_build_object(text, text, text, text, text, json, text, anyelement) returns json",
-		"json_build_object(text, text, text, text, text, json) returns json"} {
+		"json_build_object(text, text, text, text, text, json) returns json",
+		// These fit better than what is in pg_catalog, and so run though that is first in the search_path.
+		"format(text, name, name) returns text", "quote_ident(name) returns text", "replace(name, text, text) returns text", "same(oid, regprocedure) returns bool",
+		"octet_length(name) returns int", "concat(text, text, text, text, text, text, text) returns text"} {
 		w.write("create function " + f + " language plpgsql as $$ begin insert into " + evil + ".ran values (current_user, '" + f + "'); return" + map[bool]string{true: " null"}[!strings.Contains(f, "void")] + "; end $$")
 	}
-	w.write("create function eq(text, text) returns bool language plpgsql as $$ begin insert into "+evil+".ran values (current_user, '='); return false; end $$",
+	w.write("create operator = (leftarg = oid, rightarg = regprocedure, function = same)",
+		"create function eq(text, text) returns bool language plpgsql as $$ begin insert into "+evil+".ran values (current_user, '='); return false; end $$",
 		"create operator = (leftarg = text, rightarg = text, function = eq)",
 		"create function ne(orders, orders) returns bool language plpgsql as $$ begin insert into "+evil+".ran values (current_user, '*<>'); return true; end $$",
 		"create operator *<> (leftarg = orders, rightarg = orders, function = ne)")
@@ -809,6 +841,10 @@ func TestChannels(t *testing.T) {
 	refused(t, o, "CHANNEL has 64 bytes; PostgreSQL allows 63")
 	o.Channel = "a\n; drop table orders; --"
 	refused(t, o, "control character")
+	for _, c := range []string{"a,b", "a=b", " a", "a ", "https://x"} { // CHANNELS cannot say them
+		o.Channel = c
+		refused(t, o, `no listener can name the channel "`+c+`"`)
+	}
 }
 
 func TestParse(t *testing.T) {
@@ -912,8 +948,8 @@ line" (id int)`)
 		"f":                     "is a foreign table",
 		"pg_class":              "belongs to the system",
 		tempSchema + ".passing": "is a temporary table",
-		"sub":                   w.schema + ".sub is a partition: name the partitioned table, parts",
-		"leaf":                  "name the partitioned table, parts",
+		"sub":                   w.schema + ".sub is a partition: name the partitioned table, " + w.schema + ".parts",
+		"leaf":                  "name the partitioned table, " + w.schema + ".parts",
 		"Mixed":                 `may be "` + w.schema + `"."mixed" or "` + w.schema + `"."Mixed"`,
 		"ordres":                `there is no table "ordres"; is it `,
 		"Order":                 `is it `,
