@@ -85,6 +85,7 @@ create or replace trigger {update} after update on {table}
 	for each row when ({changed}) execute function {function}();
 create or replace trigger {truncate} after truncate on {table}
 	for each statement execute function {function}();
+
 -- For what comes after this in a migration.
 perform set_config('search_path', path, true);
 perform set_config('lock_timeout', wait, true);
