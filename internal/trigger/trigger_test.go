@@ -892,7 +892,7 @@ func TestObjectNames(t *testing.T) {
 	w := newWorld(t)
 	seen := map[string]string{}
 	long := strings.Repeat("ü", 31)
-	all := []string{"a", "b", "a:b", "b:a", "a:", ":a", long, long + "x", "a_b"}
+	all := []string{"a", "b", "a:b", "b:a", "a:", ":a", long, long + "x", "a_b", strings.Repeat("y", 42), strings.Repeat("y", 43)}
 	for _, table := range all {
 		w.make(`create table "` + table + `" (id int)`)
 	}
@@ -909,8 +909,10 @@ func TestObjectNames(t *testing.T) {
 			}
 		}
 	}
-	if got := seen["pglistener_a"]; got != "a a" {
-		t.Error(got)
+	for _, name := range []string{"a", strings.Repeat("y", 42)} { // as long as there is room
+		if got := seen["pglistener_"+name]; got != name+" "+name {
+			t.Errorf("%q %q", name, got)
+		}
 	}
 }
 
