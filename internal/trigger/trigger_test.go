@@ -918,6 +918,24 @@ func TestObjectNames(t *testing.T) {
 	}
 }
 
+// TestFollowsTheSearchPath: names without a schema mean what they mean in psql.
+func TestFollowsTheSearchPath(t *testing.T) {
+	w := newWorld(t)
+	w.make("create table orders (id int)", `create table "Lines" (id int)`)
+	testkit.Exec(t, w.admin, "create table "+w.schema+"_box.orders (id int)")
+	for path, want := range map[string]string{w.schema + "," + w.schema + "_box": w.schema, w.schema + "_box," + w.schema: w.schema + "_box"} {
+		o := w.options("orders")
+		o.dsn, o.outbox = testkit.WithParams(o.dsn, "search_path", path), "outbox"
+		if script := w.print(o); !strings.Contains(script, " on "+want+".orders\n") || !strings.Contains(script, "insert into "+w.box+" ") {
+			t.Errorf("%s:\n%s", path, script)
+		}
+		o.Table = "Lines"
+		if script := w.print(o); !strings.Contains(script, " on "+w.schema+`."Lines"`+"\n") {
+			t.Errorf("%s:\n%s", path, script)
+		}
+	}
+}
+
 func TestRefuses(t *testing.T) {
 	w := newWorld(t)
 	w.make("create table orders (id int primary key)", `create table "Mixed" (id int)`, "create table mixed (id int)",
