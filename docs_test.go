@@ -111,6 +111,16 @@ func TestReadmeCommands(t *testing.T) {
 		`pglistener -outbox-schema | psql "$DATABASE_URL"`: func(t *testing.T, line string) {
 			sh(t, "sh -c '"+line+"'", "OUTBOX_TABLE="+outboxTable(t, testkit.DB(t))).exit(t, 0, testkit.Patience)
 		},
+		`pglistener -trigger orders | psql "$DATABASE_URL"`: func(t *testing.T, line string) {
+			schema := testkit.ChannelName(t)
+			testkit.Exec(t, testkit.DB(t), "create schema "+schema+"; create table "+schema+".orders (id int primary key)")
+			t.Cleanup(func() { _, _ = testkit.DB(t).Exec("drop schema " + schema + " cascade") })
+			p := sh(t, "sh -c '"+line+"'", "OUTBOX_TABLE="+outboxTable(t, testkit.DB(t)), "PGOPTIONS=-c search_path="+schema+",public")
+			p.exit(t, 0, testkit.Patience)
+			if !strings.Contains(p.String(), "DO") || strings.Contains(p.String(), "ERROR") {
+				t.Error(p.String())
+			}
+		},
 		// end: outbox
 	}
 	var blocks [][]string

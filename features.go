@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"strings"
@@ -21,6 +22,7 @@ import (
 	"github.com/pglistener/pglistener/internal/retry"
 	"github.com/pglistener/pglistener/internal/schedule"
 	"github.com/pglistener/pglistener/internal/sdnotify"
+	"github.com/pglistener/pglistener/internal/trigger"
 	"github.com/pglistener/pglistener/internal/webhook"
 )
 
@@ -132,6 +134,7 @@ func featureCommands() []cli.Command {
 			}
 			return cli.OK
 		}},
+		{Flags: "-trigger", Operands: trigger.Operands, Usage: "print the SQL of a trigger that puts each change of TABLE into the outbox, for psql or a migration", Run: printTrigger},
 		// end: outbox
 		// begin: health
 		{Flags: "-healthy", Usage: "ask the listener at HTTP_ADDR whether it is ready, and exit with 0 or 1", Run: func(_ context.Context, e cli.Env) int {
@@ -154,6 +157,38 @@ func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error
 	return ends, err
 }
 
+// begin: outbox
+
+// printTrigger is the flag -trigger. It needs no other variables than these.
+func printTrigger(_ context.Context, e cli.Env) int {
+	var s struct {
+		DSN    string `env:"DATABASE_URL" file:"true"`
+		Outbox string `env:"OUTBOX_TABLE,default=outbox"`
+	}
+	options, err := trigger.Parse(e.Operands)
+	problems := append(env.Decode(&s, e.Lookup), err)
+	if len(problems) == 1 {
+		if name, err := env.CheckDSN(s.DSN, e.Lookup); err != nil {
+			problems = append(problems, fmt.Errorf("%s: %w", name, err))
+		}
+	}
+	box, err := outbox.SQLName(s.Outbox)
+	code := cli.OK
+	for _, err := range append(problems, err) {
+		if err != nil {
+			code = e.Fail(err, cli.Usage)
+		}
+	}
+	if code != cli.OK {
+		return code
+	}
+	if err := trigger.Print(env.WithDefaults(s.DSN, "pglistener"), 10*time.Second, box, options, e.Stdout); err != nil {
+		return e.Fail(err, cli.Failed)
+	}
+	return cli.OK
+}
+
+// end: outbox
 // begin: check
 
 // checkAll is the flag -check.

@@ -89,6 +89,15 @@ func Schema(name string) (string, error) {
 	return t.sql(schemaSQL), nil
 }
 
+// SQLName returns a table, given as in OUTBOX_TABLE, as SQL writes it.
+func SQLName(name string) (string, error) {
+	t, err := parseTable(name)
+	if err != nil {
+		return "", fmt.Errorf("OUTBOX_TABLE: %w", err)
+	}
+	return t.sql("{table}"), nil
+}
+
 // PrintSchema prints the SQL that makes the table of the environment. It needs no variable but OUTBOX_TABLE.
 func PrintSchema(lookup func(string) (string, bool), stdout io.Writer) error {
 	name, _ := lookup("OUTBOX_TABLE")

@@ -36,7 +36,7 @@ const module = "github.com/pglistener/pglistener"
 // features are what can be left out, with what else is of no use without each.
 var features = map[string][]string{
 	"check":    {},
-	"outbox":   {"bench", "internal/benchside"},
+	"outbox":   {"bench", "internal/benchside", "internal/trigger"},
 	"execcmd":  {"internal/demo"},
 	"webhook":  {},
 	"health":   {"deploy/kubernetes.yaml", "deploy/alerts.yml", "deploy/alerts_test.yml"},
