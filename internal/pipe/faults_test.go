@@ -580,6 +580,46 @@ for event in events:
 	}
 }
 
+// Much is in flight and nobody reads: it is not held twice, as it was given and as it is to be written. Not parallel, for it counts
+// what is allocated.
+func TestMemoryIsBounded(t *testing.T) {
+	p := start(t, 1000, `
+note("started")
+while not exists("go"):
+    time.sleep(0.01)
+for event in events:
+    answer(event)
+`)
+	testkit.Eventually(t, "it is not started", func() bool { return p.notes("started") != nil })
+	payload := strings.Repeat("x", 1<<20) // one for all
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := heap()
+	const calls = 300
+	results := make(chan error)
+	for i := range calls {
+		go func() {
+			results <- p.Handle(within(t, 3*testkit.Patience), notify.Notification{Key: fmt.Sprint(i), Payload: payload})
+		}()
+	}
+	testkit.Eventually(t, "not all are called", func() bool { return p.called() == calls })
+	if grown := int64(heap() - before); grown > 24<<20 {
+		t.Errorf("%d calls with 1 MB each take %d bytes more", calls, grown)
+	}
+	if err := os.WriteFile(filepath.Join(p.dir, "go"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for range calls {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // The program is stopped with its children, whatever it does about SIGTERM.
 func TestIsStoppedWithItsChildren(t *testing.T) {
 	t.Parallel()

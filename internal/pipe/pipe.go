@@ -23,8 +23,9 @@ type handler struct {
 	environ     []string
 	concurrency int
 	setup       notify.Setup
-	backoff     retry.Backoff // between starts that come to nothing: no answer, and a short life
-	idle        chan struct{} // capacity 1: see settle
+	backoff     retry.Backoff  // between starts that come to nothing: no answer, and a short life
+	idle        chan struct{}  // capacity 1: see settle
+	noise       retry.Failures // lines that are no answers; owned by the one goroutine that reads
 
 	mu       sync.Mutex       // guards what follows
 	items    map[string]*item // one for each call of Handle that waits, by id
@@ -35,7 +36,6 @@ type handler struct {
 	down     string           // why the last one ended; only keep changes it
 	kept     chan struct{}    // closed when keep returns; nil while it does not run
 	ended    bool             // by Run: a program is only started for what still comes, and runs no longer than that
-	noise    retry.Failures   // lines that are no answers
 
 	starts, answers, notUnderstood uint64 // since the start
 }

@@ -430,21 +430,22 @@ for event in events:
 	p.want("a") // afterwards it can
 }
 
-// What is in docs/handlers.md.
+// The programs of docs/handlers.md, exactly as they stand there.
 func TestExamplePrograms(t *testing.T) {
 	t.Parallel()
-	for file, interpreter := range map[string]string{"echo.py": "python3", "echo.js": "node", "echo.sh": "sh"} {
-		t.Run(file, func(t *testing.T) {
+	for language, interpreter := range map[string]string{"python": "python3", "javascript": "node", "shell": "sh"} {
+		t.Run(language, func(t *testing.T) {
 			t.Parallel()
 			if _, err := exec.LookPath(interpreter); err != nil {
 				testkit.Skip(t, "needs "+interpreter)
 			}
-			if lines := strings.Count(testkit.ReadFile(t, filepath.Join("testdata", file)), "\n"); lines > 14 {
+			path := testkit.Program(t, "../../docs/handlers.md", language)
+			if lines := strings.Count(testkit.ReadFile(t, path), "\n"); lines > 13 {
 				t.Errorf("%d lines are no ten", lines)
 			}
 			journal := filepath.Join(t.TempDir(), "journal")
 			lg := testkit.NewLogs(t)
-			made, err := New([]string{"testdata/" + file, journal}, proc.Settings{}, 10, notify.Setup{Log: lg.Logger(), Grace: grace})
+			made, err := New([]string{path, journal}, proc.Settings{}, 10, notify.Setup{Log: lg.Logger(), LogPayloads: true, Grace: grace})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -461,7 +462,7 @@ func TestExamplePrograms(t *testing.T) {
 			p.ended()
 			got := strings.Split(strings.TrimSuffix(testkit.ReadFile(t, journal), "\n"), "\n")
 			want := slices.Clone(payloads)
-			if file == "echo.sh" { // it has no library
+			if language == "shell" { // it has no library
 				want[101] = `ü\u2028€`
 			}
 			slices.Sort(got)
@@ -471,6 +472,16 @@ func TestExamplePrograms(t *testing.T) {
 			}
 			if p.notUnderstood() != 0 || p.restarts() != 0 || len(lg.All("")) != 0 {
 				t.Errorf("%v lines not understood, %v restarts", p.notUnderstood(), p.restarts())
+			}
+			// What cannot be done is an answer too. A directory cannot be appended to, whoever runs this.
+			if language == "python" {
+				return // it opens the file once
+			}
+			if err := errors.Join(os.Remove(journal), os.Mkdir(journal, 0o755)); err != nil {
+				t.Fatal(err)
+			}
+			if err := p.one("again"); err == nil || notify.IsUnavailable(err) || notify.IsPermanent(err) || strings.Contains(err.Error(), "no answer") {
+				t.Errorf("%v", err)
 			}
 		})
 	}

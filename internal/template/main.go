@@ -10,7 +10,7 @@
 //   - a line that contains "feature: NAME" in a comment
 //   - the lines from one that contains "begin: NAME" to one that contains "end: NAME"
 //
-// NAME may be several names: each of them takes it away.
+// NAME may be several names: each of them takes it away. Of names with a slash between them, as in execcmd/pipe, it takes all.
 package main
 
 import (
@@ -40,6 +40,7 @@ var features = map[string][]string{
 	"execcmd":  {"internal/demo"},
 	"webhook":  {},
 	"health":   {"deploy/kubernetes.yaml", "deploy/alerts.yml", "deploy/alerts_test.yml"},
+	"pipe":     {},
 	"schedule": {},
 	"sdnotify": {"deploy/pglistener.service", "deploy/pglistener@.service"},
 }
@@ -69,7 +70,7 @@ func copyProject(from, to, name string, without []string) error {
 		}
 		gone = append(append(gone, "internal/"+f), also...)
 	}
-	if used := slices.ContainsFunc(without, func(f string) bool { return f == "execcmd" }); used {
+	if isGone("execcmd/pipe", without) {
 		gone = append(gone, "internal/proc") // nobody else starts programs
 	}
 	if entries, err := os.ReadDir(to); err == nil && len(entries) > 0 {
@@ -156,11 +157,16 @@ func tidy(text string) ([]byte, error) {
 }
 
 var (
-	ofFile = regexp.MustCompile(`^(?:// feature:|<!-- file:) ([a-z ]+?)(?: -->)?$`)
-	ofLine = regexp.MustCompile(`(?://|#|<!--) feature: ([a-z ]+?)(?: -->.*)?$`)
-	begins = regexp.MustCompile(`^\s*(?://|#|<!--) begin: ([a-z ]+?)(?: -->)?$`)
-	ends   = regexp.MustCompile(`^\s*(?://|#|<!--) end: ([a-z ]+?)(?: -->)?$`)
+	ofFile = regexp.MustCompile(`^(?:// feature:|<!-- file:) ([a-z/ ]+?)(?: -->)?$`)
+	ofLine = regexp.MustCompile(`(?://|#|<!--) feature: ([a-z/ ]+?)(?: -->.*)?$`)
+	begins = regexp.MustCompile(`^\s*(?://|#|<!--) begin: ([a-z/ ]+?)(?: -->)?$`)
+	ends   = regexp.MustCompile(`^\s*(?://|#|<!--) end: ([a-z/ ]+?)(?: -->)?$`)
 )
+
+// isGone says whether what is marked with a feature, or with several that each keep it, is left out.
+func isGone(features string, without []string) bool {
+	return !slices.ContainsFunc(strings.Split(features, "/"), func(f string) bool { return !slices.Contains(without, f) })
+}
 
 // strip removes what belongs to features from a file's text. keep is false when the whole file does.
 func strip(text string, without []string) (stripped string, keep bool) {
@@ -173,7 +179,7 @@ func strip(text string, without []string) (stripped string, keep bool) {
 		if m == nil {
 			return "", false
 		}
-		return m[1], slices.ContainsFunc(strings.Fields(m[1]), func(f string) bool { return slices.Contains(without, f) })
+		return m[1], slices.ContainsFunc(strings.Fields(m[1]), func(f string) bool { return isGone(f, without) })
 	}
 	first, _, _ := strings.Cut(text, "\n")
 	if _, whole := of(ofFile, first); whole {

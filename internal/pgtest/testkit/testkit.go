@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -266,6 +267,22 @@ func Eventually(t *testing.T, what string, ok func() bool) {
 			t.Fatal(what)
 		}
 	}
+}
+
+// Program writes the first program in a language that a document shows, exactly as it stands there, and returns its path.
+func Program(t testing.TB, document, language string) (path string) {
+	t.Helper()
+	text, err := os.ReadFile(document)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(text), "```"+language+"\n")
+	program, _, found := strings.Cut(rest, "```")
+	path = filepath.Join(t.TempDir(), "program")
+	if err := os.WriteFile(path, []byte(program), 0o755); err != nil || !found {
+		t.Fatalf("%s: no program in %s: %v", document, language, err)
+	}
+	return path
 }
 
 // ReadFile returns a file's text.
