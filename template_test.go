@@ -25,7 +25,7 @@ var traces = map[string]string{
 	"outbox":   `(?i)outbox`,
 	"check":    `-check\b`,
 	"execcmd":  `exec:|execcmd`,
-	"pipe":     `pipe:|`+"`pipe`"+`|"pipe"|_pipe_|of a pipe`,
+	"pipe":     `pipe:|` + "`pipe`" + `|"pipe"|_pipe_|of a pipe`,
 	"webhook":  `(?i)webhook|https?://\.\.\.`,
 	"health":   `(?i)\bhealth|readyz|livez|metrics|HTTP_ADDR`,
 	"schedule": `(?i)\bschedule|crontab`,

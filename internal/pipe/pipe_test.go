@@ -362,7 +362,7 @@ for event in events:
 }
 
 // As many as CONCURRENCY are in flight, and answers may come in any order.
-func TestAnyOrder(t *testing.T) {
+func TestAnswersInAnyOrder(t *testing.T) {
 	t.Parallel()
 	p := start(t, 4, `
 held = []
@@ -379,7 +379,7 @@ for event in events:
 }
 
 // Never more than CONCURRENCY are in flight, whoever calls.
-func TestConcurrency(t *testing.T) {
+func TestConcurrencyIsKept(t *testing.T) {
 	t.Parallel()
 	p := start(t, 4, `
 lock, held = threading.Lock(), 0
