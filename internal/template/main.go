@@ -10,7 +10,7 @@
 //   - a line that contains "feature: NAME" in a comment
 //   - the lines from one that contains "begin: NAME" to one that contains "end: NAME"
 //
-// NAME may be several names: each of them takes it away. Of names with a slash between them, as in execcmd/pipe, it takes all.
+// NAME may be several names: each of them takes it away. Of names with a slash between them, as in execcmd/pipe, all must go.
 package main
 
 import (
@@ -70,7 +70,7 @@ func copyProject(from, to, name string, without []string) error {
 		}
 		gone = append(append(gone, "internal/"+f), also...)
 	}
-	if isGone("execcmd/pipe", without) {
+	if slices.Contains(without, "execcmd") && slices.Contains(without, "pipe") {
 		gone = append(gone, "internal/proc") // nobody else starts programs
 	}
 	if entries, err := os.ReadDir(to); err == nil && len(entries) > 0 {
@@ -163,15 +163,13 @@ var (
 	ends   = regexp.MustCompile(`^\s*(?://|#|<!--) end: ([a-z/ ]+?)(?: -->)?$`)
 )
 
-// isGone says whether what is marked with a feature, or with several that each keep it, is left out.
-func isGone(features string, without []string) bool {
-	return !slices.ContainsFunc(strings.Split(features, "/"), func(f string) bool { return !slices.Contains(without, f) })
-}
-
 // strip removes what belongs to features from a file's text. keep is false when the whole file does.
 func strip(text string, without []string) (stripped string, keep bool) {
 	if len(without) == 0 {
 		return text, true
+	}
+	for _, f := range without { // of names with a slash between them the others are left, which keep what is marked
+		text = regexp.MustCompile(`((?:feature|begin|end): [a-z/ ]*?)\b(?:`+f+`/|/`+f+`\b)`).ReplaceAllString(text, "$1")
 	}
 	// of says whether a marker is there and names one of the features.
 	of := func(marker *regexp.Regexp, line string) (names string, here bool) {
@@ -179,7 +177,7 @@ func strip(text string, without []string) (stripped string, keep bool) {
 		if m == nil {
 			return "", false
 		}
-		return m[1], slices.ContainsFunc(strings.Fields(m[1]), func(f string) bool { return isGone(f, without) })
+		return m[1], slices.ContainsFunc(strings.Fields(m[1]), func(f string) bool { return slices.Contains(without, f) })
 	}
 	first, _, _ := strings.Cut(text, "\n")
 	if _, whole := of(ofFile, first); whole {
