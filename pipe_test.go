@@ -122,6 +122,26 @@ note("finished")
 	}
 }
 
+// A listener that is killed leaves no program behind: its stdin ends. Its row is another's.
+func TestPipeEndsWithAKilledListener(t *testing.T) {
+	t.Parallel()
+	channel, tab, dir := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), t.TempDir()
+	program := pipeProgram(t, `
+for line in sys.stdin:
+    with open(sys.argv[1], "a") as f: print(os.getpid(), file=f)
+with open(sys.argv[2], "a") as f: print("end", file=f)
+`)
+	begun, ended := filepath.Join(dir, "begun"), filepath.Join(dir, "ended")
+	insert(t, testkit.DB(t), tab, channel, "x")
+	p := runProgram(t, fast(testkit.DSN(t), channel+"=outbox:pipe:"+program+" "+begun+" "+ended, sending(tab)))
+	testkit.Eventually(t, "the program has no row", func() bool { return len(journal(begun)) == 1 })
+	p.signal(t, syscall.SIGKILL)
+	testkit.Eventually(t, "the program runs on", func() bool { return len(journal(ended)) == 1 })
+	if n := rowCount(t, testkit.DB(t), tab); n != 1 {
+		t.Errorf("%d rows are left", n)
+	}
+}
+
 // However a program misbehaves, no row is lost, none is given up, and another channel is served meanwhile.
 func TestPipeLosesNoRow(t *testing.T) {
 	t.Parallel()
