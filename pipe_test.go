@@ -22,7 +22,7 @@ import (
 func pipeProgram(t *testing.T, text string) (path string) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "program")
-	text = "#!/usr/bin/env python3\nimport json, os, signal, sys, time\n" +
+	text = "#!" + testkit.Python(t) + "\nimport json, os, signal, sys, time\n" +
 		"def answer(event, **more): print(json.dumps({'id': event['id'], **(more or {'ok': True})}), flush=True)\n" + text
 	if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
 		t.Fatal(err)
@@ -220,20 +220,20 @@ func TestCheckOfAPipe(t *testing.T) {
 	t.Parallel()
 	channel := testkit.ChannelName(t)
 	pid := filepath.Join(t.TempDir(), "pid")
-	program := pipeProgram(t, `open(sys.argv[1], "w").write(str(os.getpid()))
-if sys.argv[2] == "fails": import no_such_module
-for line in sys.stdin: pass
-`)
+	program := filepath.Join(t.TempDir(), "program")
+	text := "#!/bin/sh\necho $$ >\"$1\"\nif [ $2 = fails ]; then echo no such module >&2; exit 1; fi\nwhile read -r line; do :; done\n"
+	if err := os.WriteFile(program, []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	out := runCheck(t, fast(testkit.DSN(t), channel+"=pipe:"+program+" "+pid+" secret"), cli.OK)
 	if !strings.Contains(out, "starts, and ends when its stdin does") || strings.Contains(out, "secret") {
 		t.Errorf("%s", out)
 	}
-	data := testkit.ReadFile(t, pid)
-	if _, err := os.Stat("/proc/" + data); data == "" || err == nil {
-		t.Errorf("process %s still runs, or has never run", data)
+	if _, err := os.Stat("/proc/" + journal(pid)[0]); err == nil {
+		t.Error("it still runs")
 	}
 	out = runCheck(t, fast(testkit.DSN(t), channel+"=pipe:"+program+" "+pid+" fails"), cli.Failed)
-	if !strings.Contains(out, "No module named 'no_such_module'") {
+	if !strings.Contains(out, "exit status 1: no such module") {
 		t.Errorf("%s", out)
 	}
 }

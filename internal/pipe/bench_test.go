@@ -4,63 +4,23 @@ package pipe
 
 import (
 	"context"
-	"io"
 	"log/slog"
-	"os"
 	"path/filepath"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 	"github.com/pglistener/pglistener/internal/proc"
 )
 
 const benchPayload = `{"op":"update","table":"public.orders","key":{"id":4711},"new":{"id":4711,"state":"paid","total":"129.90"}}`
 
-// benchProgram is the least that a worker in Python does.
-const benchProgram = `
-import json, sys
-for line in sys.stdin:
-    event = json.loads(line)
-    print(json.dumps({"id": event["id"], "ok": True}), flush=True)
-`
-
-// eachOf calls f b.N times from 100 goroutines.
-func eachOf(b *testing.B, f func(number int64) error) {
-	var next atomic.Int64
-	done := make(chan error, 100)
-	b.ResetTimer()
-	for range cap(done) {
-		go func() {
-			var err error
-			for n := next.Add(1); n <= int64(b.N) && err == nil; n = next.Add(1) {
-				err = f(n)
-			}
-			done <- err
-		}()
-	}
-	for range cap(done) {
-		if err := <-done; err != nil {
-			b.Fatal(err)
-		}
-	}
-	b.StopTimer()
-	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "jobs/s")
-}
-
-func benchFile(b *testing.B) string {
-	path := filepath.Join(b.TempDir(), "bench.py")
-	if err := os.WriteFile(path, []byte(benchProgram), 0o644); err != nil {
-		b.Fatal(err)
-	}
-	return path
-}
-
-// BenchmarkPython is the Python program as a pipe, with 100 in flight.
+// BenchmarkPython is the Python program of docs/handlers.md, with 100 in flight. make bench measures it behind the outbox.
 func BenchmarkPython(b *testing.B) {
-	h, err := New([]string{python(), benchFile(b)}, proc.Settings{}, 100, notify.Setup{Log: slog.New(slog.DiscardHandler), Grace: time.Second})
+	program := testkit.Program(b, "../../docs/handlers.md", "python")
+	h, err := New([]string{testkit.Python(b), program, filepath.Join(b.TempDir(), "journal")}, proc.Settings{}, 100, notify.Setup{Log: slog.New(slog.DiscardHandler), Grace: time.Second})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -75,22 +35,27 @@ func BenchmarkPython(b *testing.B) {
 	if err := h.Handle(ctx, notify.Notification{Key: "first"}); err != nil {
 		b.Fatal(err)
 	}
-	eachOf(b, func(n int64) error {
-		return h.Handle(ctx, notify.Notification{Channel: "orders", Payload: benchPayload, Serial: uint64(n), Attempt: 1})
-	})
+	var next atomic.Int64
+	done := make(chan error, 100)
+	b.ResetTimer()
+	for range cap(done) {
+		go func() {
+			var err error
+			for n := next.Add(1); n <= int64(b.N) && err == nil; n = next.Add(1) {
+				err = h.Handle(ctx, notify.Notification{Channel: "orders", Payload: benchPayload, Serial: uint64(n), Attempt: 1})
+			}
+			done <- err
+		}()
+	}
+	for range cap(done) {
+		if err := <-done; err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.StopTimer()
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "jobs/s")
 	end()
 	<-stopped
-}
-
-// BenchmarkExecPython is the same program, started once for each notification.
-func BenchmarkExecPython(b *testing.B) {
-	path, python := benchFile(b), python() // and not what looks for it, which is slow
-	eachOf(b, func(n int64) error {
-		cmd := proc.Command(context.Background(), time.Second, python, path)
-		line := appendRequest(nil, "x", &notify.Notification{Channel: "orders", Payload: benchPayload, Serial: uint64(n), Attempt: 1})
-		cmd.Stdin, cmd.Stdout = strings.NewReader(string(line)), io.Discard
-		return cmd.Run()
-	})
 }
 
 // BenchmarkWire is what the two lines of a notification cost here.

@@ -24,15 +24,6 @@ import (
 
 const grace = 500 * time.Millisecond
 
-// python is the interpreter itself: what is found in PATH may be a script that looks for it, which is slow.
-var python = sync.OnceValue(func() string {
-	path, err := exec.Command("python3", "-c", "import sys; print(sys.executable)").Output()
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(path))
-})
-
 // prelude begins each program of the tests.
 const prelude = `
 import json, os, signal, subprocess, sys, threading, time
@@ -67,16 +58,13 @@ type pipe struct {
 // make makes the handler of a program in Python.
 func newPipe(t *testing.T, concurrency int, program string) *pipe {
 	t.Helper()
-	if python() == "" {
-		testkit.Skip(t, "needs python3")
-	}
 	dir := t.TempDir()
 	path := filepath.Join(dir, "program.py")
 	if err := os.WriteFile(path, []byte(prelude+program), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	p := &pipe{t: t, lg: testkit.NewLogs(t), dir: dir}
-	h, err := New([]string{python(), path, dir}, proc.Settings{}, concurrency, notify.Setup{
+	h, err := New([]string{testkit.Python(t), path, dir}, proc.Settings{}, concurrency, notify.Setup{
 		Channel: "orders", Log: p.lg.Logger(), LogPayloads: true, Grace: grace,
 	})
 	if err != nil {
