@@ -111,6 +111,9 @@ func TestNewLeavesNoTrace(t *testing.T) {
 					t.Errorf("internal/%s is still there", feature)
 				}
 			}
+			if _, err := os.Stat(filepath.Join(dir, "internal/proc")); (err != nil) != (slices.Contains(without, "execcmd") && slices.Contains(without, "pipe")) {
+				t.Errorf("programs are started by exec and pipe, and internal/proc: %v", err)
+			}
 			in(t, dir, "go", "test", "-run", "^("+strings.Join(withoutServer, "|")+")$", ".")
 			in(t, dir, "go", "test", "./internal/queue", "./internal/retry", "./internal/call", "./internal/probe")
 			if !slices.Contains(without, "webhook") {

@@ -225,6 +225,32 @@ for number, event in enumerate(events):
 	}
 }
 
+// What was in flight when a program ended comes before what has waited all the while.
+func TestWhatWasInFlightComesFirst(t *testing.T) {
+	t.Parallel()
+	p := start(t, 1, `
+for event in events:
+    if event["payload"] == "a" and not exists("ended"):
+        note("ended")
+        while not exists("go"):
+            time.sleep(0.01)
+        break
+    note("order", event["payload"])
+    answer(event)
+`)
+	p.want("warm")
+	go func() {
+		testkit.Eventually(t, "not all wait", func() bool { return p.called() == 4 })
+		_ = os.WriteFile(filepath.Join(p.dir, "go"), nil, 0o644)
+	}()
+	if bad := failed(p.each(ample, "a", "b", "c")); bad != nil {
+		t.Errorf("failed: %v", bad)
+	}
+	if got := p.notes("order"); !slices.Equal(got, []string{"warm", "a", "b", "c"}) {
+		t.Errorf("order: %v", got)
+	}
+}
+
 // But what makes it end with 0 each time is found.
 func TestEndsOfOneWithZero(t *testing.T) {
 	t.Parallel()
