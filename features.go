@@ -17,6 +17,7 @@ import (
 	"github.com/pglistener/pglistener/internal/health"
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/outbox"
+	"github.com/pglistener/pglistener/internal/pipe"
 	"github.com/pglistener/pglistener/internal/proc"
 	"github.com/pglistener/pglistener/internal/queue"
 	"github.com/pglistener/pglistener/internal/retry"
@@ -33,7 +34,7 @@ import (
 type ChannelSettings struct {
 	call.Limits
 	Queue    queue.Settings
-	Programs proc.Settings     // feature: execcmd
+	Programs proc.Settings     // feature: execcmd/pipe
 	Outbox   outbox.Settings   // feature: outbox
 	Webhook  webhook.Settings  // feature: webhook
 	Schedule schedule.Settings // feature: schedule
@@ -55,6 +56,15 @@ func addHandlers(table map[string]newHandler) map[string]newHandler {
 		return execcmd.New(words, s.Settings.Programs, s.Setup)
 	}
 	// end: execcmd
+	// begin: pipe
+	table["pipe"] = func(arg string, s Setup) (notify.Handler, error) {
+		words, err := env.Words(arg)
+		if err != nil {
+			return nil, err
+		}
+		return pipe.New(words, s.Settings.Programs, s.Settings.Concurrency, s.Setup)
+	}
+	// end: pipe
 	// begin: webhook
 	table["https"] = func(_ string, s Setup) (notify.Handler, error) {
 		reread := func() (webhook.Settings, error) { // secrets and certificates may be replaced while it runs

@@ -73,7 +73,7 @@ var mayImport = map[string][]string{
 	"internal/schedule": {},
 	"internal/template": {},
 	"internal/proc":     {},
-	"internal/pipe":     {"notify", "retry", "call", "proc"},
+	"internal/pipe":     {"notify", "retry", "proc"},
 	"internal/trigger":  {"notify", "retry", "pgconn"},
 	"internal/call":     {"notify", "retry"},
 	"internal/pgconn":   {"notify", "retry"},

@@ -13,7 +13,9 @@ import (
 func TestMetricsAreDocumented(t *testing.T) {
 	t.Parallel()
 	channel := testkit.ChannelName(t)
-	r := start(t, fast(testkit.DSN(t), channel+"=outbox:log", sending(outboxTable(t, testkit.DB(t)))), nil).listening(t)
+	channels := channel + "=outbox:log"
+	channels += "," + channel + "_pipe=pipe:cat" // feature: pipe
+	r := start(t, fast(testkit.DSN(t), channels, sending(outboxTable(t, testkit.DB(t)))), nil).listening(t)
 	_, body := r.web(t)("/metrics")
 	served := map[string]bool{}
 	help := regexp.MustCompile(`(?m)^# HELP (\S+) (.*)\n# TYPE \S+ (\S+)$`)

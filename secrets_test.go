@@ -21,7 +21,7 @@ import (
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
-// TestNoSecretIsShown plants secrets in fourteen places and looks for them in all that the program prints, serves and
+// TestNoSecretIsShown plants secrets in many places and looks for them in all that the program prints, serves and
 // writes to the outbox, while all goes well and while it does not.
 func TestNoSecretIsShown(t *testing.T) {
 	t.Parallel()
@@ -60,13 +60,32 @@ func TestNoSecretIsShown(t *testing.T) {
 			}
 		}
 	}
+	gaveUp := 3
+	// begin: pipe
+	// A program that repeats what it is given, where answers belong, and fails.
+	pipe := filepath.Join(dir, "pipe")
+	if err := os.WriteFile(pipe, []byte("#!/bin/sh\nenv | grep -v -e DATABASE_URL -e PGLISTENER_ >&2\n"+
+		"while read -r line; do id=${line#*:\\\"}; echo \"$line\"; echo \"{\\\"id\\\":\\\"${id%%\\\"*}\\\",\\\"error\\\":\\\"$2\\\"}\"; done\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	v["CHANNELS"] += "," + name + "_pipe"
+	v[prefix+"_PIPE_HANDLER"] = "pipe:" + pipe + " --password " + planted
+	gaveUp++
+	// end: pipe
 	clean("-check", runCheck(t, v, cli.OK))
 	p := runProgram(t, v)
 	p.Wait(t, "delivery proven", 1)
 	testkit.Send(t, name+"_hook", "a payload with "+planted)
 	testkit.Send(t, name+"_run", "a payload with "+planted)
 	insert(t, testkit.DB(t), tab, name+"_rows", "a payload with "+planted)
-	p.Wait(t, "gave up", 3)
+	testkit.Send(t, name+"_pipe", "a payload with "+planted) // feature: pipe
+	p.Wait(t, "gave up", gaveUp)
+	// begin: pipe
+	p.Wait(t, "a line of the program is no answer", 1)
+	if !strings.Contains(p.String(), "it answered with an error") {
+		t.Error("the program of the pipe was not understood")
+	}
+	// end: pipe
 	for _, path := range []string{"/livez", "/readyz", "/metrics", "/"} {
 		_, body := get(t, "http://"+addr+path)
 		clean(path, body)

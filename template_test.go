@@ -25,6 +25,7 @@ var traces = map[string]string{
 	"outbox":   `(?i)outbox`,
 	"check":    `-check\b`,
 	"execcmd":  `exec:|execcmd`,
+	"pipe":     `pipe:|` + "`pipe`" + `|"pipe"|_pipe_|of a pipe`,
 	"webhook":  `(?i)webhook|https?://\.\.\.`,
 	"health":   `(?i)\bhealth|readyz|livez|metrics|HTTP_ADDR`,
 	"schedule": `(?i)\bschedule|crontab`,
@@ -109,6 +110,9 @@ func TestNewLeavesNoTrace(t *testing.T) {
 				if _, err := os.Stat(filepath.Join(dir, "internal", feature)); err == nil {
 					t.Errorf("internal/%s is still there", feature)
 				}
+			}
+			if _, err := os.Stat(filepath.Join(dir, "internal/proc")); (err != nil) != (slices.Contains(without, "execcmd") && slices.Contains(without, "pipe")) {
+				t.Errorf("programs are started by exec and pipe, and internal/proc: %v", err)
 			}
 			in(t, dir, "go", "test", "-run", "^("+strings.Join(withoutServer, "|")+")$", ".")
 			in(t, dir, "go", "test", "./internal/queue", "./internal/retry", "./internal/call", "./internal/probe")

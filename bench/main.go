@@ -68,6 +68,7 @@ var rows = []row{
 	{"notifications", (*bench).notifications},
 	{"latency", (*bench).latency},
 	{"outbox", (*bench).outbox},
+	{"pipe", (*bench).pipe}, // feature: execcmd pipe
 	{"claim", (*bench).claim},
 	{"size", (*bench).size},
 	{"start", (*bench).start},

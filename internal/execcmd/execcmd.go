@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/proc"
@@ -25,27 +24,11 @@ type handler struct {
 
 // New makes the handler of a program and its arguments.
 func New(words []string, programs proc.Settings, s notify.Setup) (notify.Handler, error) {
-	if len(words) == 0 {
-		return nil, errors.New("exec needs a program: exec:PROGRAM [ARG...]")
-	}
-	for _, w := range words {
-		if strings.ContainsRune("|<>&;", rune(w[0])) || strings.HasPrefix(w, "2>") {
-			return nil, fmt.Errorf("there is no shell, so %q would be an argument like any other; put the command into a script", w)
-		}
-	}
-	path, err := proc.Find(words[0])
+	path, args, err := proc.Program("exec", words)
 	if err != nil {
 		return nil, err
 	}
-	return &handler{path: path, args: words[1:], environ: programs.Environ(), setup: s}, nil
-}
-
-// stamp writes a time as RFC 3339 has it, or nothing when it is zero.
-func stamp(t time.Time) string {
-	if t.IsZero() {
-		return ""
-	}
-	return t.UTC().Format(time.RFC3339Nano)
+	return &handler{path: path, args: args, environ: programs.Environ(), setup: s}, nil
 }
 
 // Exit codes that mean something, from sysexits.h.
@@ -65,8 +48,8 @@ func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 		"PGLISTENER_ID="+n.ID(),
 		"PGLISTENER_PID="+strconv.Itoa(n.PID),
 		"PGLISTENER_ATTEMPT="+strconv.Itoa(n.Attempt),
-		"PGLISTENER_CREATED_AT="+stamp(n.CreatedAt),
-		"PGLISTENER_RUN_AT="+stamp(n.RunAt),
+		"PGLISTENER_CREATED_AT="+proc.Stamp(n.CreatedAt),
+		"PGLISTENER_RUN_AT="+proc.Stamp(n.RunAt),
 	)
 	cmd.Stdin = strings.NewReader(n.Payload) // a program that does not read it is no error to os/exec
 	stdout := &proc.Output{Log: h.setup.Log, Stream: "stdout"}

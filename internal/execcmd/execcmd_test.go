@@ -198,7 +198,7 @@ func TestExecIsNoShell(t *testing.T) {
 			t.Errorf("%s: %v", command, err)
 		}
 	}
-	if _, err := New([]string{"cat", "a>b", "-x=1&2"}, proc.Settings{}, notify.Setup{}); err != nil { // words of their own are fine
+	if _, err := New([]string{"cat", "a>b", "-x=1&2", ""}, proc.Settings{}, notify.Setup{}); err != nil { // words of their own are fine
 		t.Errorf("%v", err)
 	}
 }

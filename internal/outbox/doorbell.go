@@ -8,16 +8,13 @@ import (
 
 // doorbell is a handler that runs when it is called, and by the schedule of a row of the outbox, so that replicas and restarts
 // agree; never twice at once in this process.
-type doorbell struct {
-	*Outbox
-	exclusive notify.Handler
-}
+type doorbell struct{ *Outbox }
 
 // NewDoorbell makes a handler for a doorbell with a schedule. The row stands under a channel of its own, for a NOTIFY about the
 // row is no ring.
 func NewDoorbell(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (notify.Handler, error) {
 	turn := make(chan struct{}, 1)
-	exclusive := notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
+	exclusive := func(ctx context.Context, n notify.Notification) error {
 		select {
 		case turn <- struct{}{}:
 		case <-ctx.Done():
@@ -26,17 +23,16 @@ func NewDoorbell(h notify.Handler, pool *Pool, options Options, setup notify.Set
 		defer func() { <-turn }()
 		n.Channel = setup.Channel
 		return h.Handle(ctx, n)
-	})
+	}
 	own := setup
 	own.Channel = notify.Cut(setup.Channel, 54) + " schedule"
-	o, err := New(exclusive, pool, options, own)
+	o, err := New(h, pool, options, own)
 	if err != nil {
 		return nil, err
 	}
-	return &doorbell{Outbox: o, exclusive: exclusive}, nil
+	o.handle = exclusive
+	return doorbell{o}, nil
 }
 
 // Handle implements notify.Handler: the doorbell was rung.
-func (d *doorbell) Handle(ctx context.Context, n notify.Notification) error {
-	return d.exclusive.Handle(ctx, n)
-}
+func (d doorbell) Handle(ctx context.Context, n notify.Notification) error { return d.handle(ctx, n) }

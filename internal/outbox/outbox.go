@@ -42,7 +42,8 @@ type Options struct {
 // Outbox drains the rows of one channel. It is a notify.Handler of which Handle and CatchUp only wake it; Run does the work.
 type Outbox struct {
 	channel string
-	handler notify.Handler
+	handler notify.Handler // asked for what else it can do
+	handle  call.Func      // makes a call of it
 	log     *slog.Logger
 	store   store
 	pool    *Pool
@@ -121,7 +122,7 @@ func New(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (*Ou
 		return nil, err
 	}
 	o := &Outbox{
-		channel: setup.Channel, handler: h, log: setup.Log, pool: pool, options: options,
+		channel: setup.Channel, handler: h, handle: h.Handle, log: setup.Log, pool: pool, options: options,
 		margin: 10 * time.Second, retry: retry.Backoff{Min: 2 * time.Second, Max: time.Hour},
 		wake: make(chan struct{}, 1), written: make(chan struct{}, 1), taken: make(chan struct{}, 1),
 	}
@@ -160,11 +161,15 @@ func nudge(c chan struct{}) {
 // Run implements Runner.
 func (o *Outbox) Run(stop, quit context.Context) {
 	defer o.pool.release(o.channel)
-	var workers, writer sync.WaitGroup
+	var workers, writer, handler sync.WaitGroup
 	o.mu.Lock()
 	o.health.progress = time.Now()
 	o.mu.Unlock()
 	o.hire = func() { workers.Go(func() { o.work(quit) }) }
+	ctx, endHandler := context.WithCancel(context.Background())
+	if r, ok := o.handler.(notify.Runner); ok {
+		handler.Go(func() { r.Run(ctx, quit) })
+	}
 	written := make(chan struct{})
 	writer.Go(func() { o.write(quit, written) })
 
@@ -193,8 +198,10 @@ func (o *Outbox) Run(stop, quit context.Context) {
 		case <-time.After(2 * time.Second):
 		}
 	}
+	endHandler() // it may finish what it does while the results are written
 	close(written)
 	writer.Wait()
+	handler.Wait()
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.running > 0 {

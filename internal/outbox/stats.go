@@ -72,8 +72,12 @@ func (o *Outbox) drained() {
 	o.counts.due, o.counts.oldest = o.running+len(o.buffer)+len(o.results), time.Time{}
 }
 
-// Stats implements notify.Meter.
+// Stats implements notify.Meter: its own figures and the handler's.
 func (o *Outbox) Stats() []notify.Stat {
+	var more []notify.Stat
+	if m, ok := o.handler.(notify.Meter); ok {
+		more = m.Stats()
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	c := o.counts
@@ -96,7 +100,7 @@ func (o *Outbox) Stats() []notify.Stat {
 		age, held, call.PausedStat(&o.breaker),
 	}
 	stats = append(stats, o.pool.stats(o.channel)...)
-	return append(stats, o.calls.Stats()...)
+	return append(append(stats, more...), o.calls.Stats()...)
 }
 
 // oldest is since when the oldest row has been due that is known to wait, to be handled, or to be tried again. o.mu is held.

@@ -50,7 +50,7 @@ func (o *Outbox) work(quit context.Context) {
 		if j.schedule != "" {
 			n.RunAt = j.due
 		}
-		took, err := c.Call(quit, o.options.Limits.Timeout, o.handler.Handle, n, o.log)
+		took, err := c.Call(quit, o.options.Limits.Timeout, o.handle, n, o.log)
 		o.mu.Lock()
 		o.running--
 		o.handling += (took - o.handling) / 8

@@ -17,11 +17,13 @@ have_pgbouncer() { command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ]
 
 have_promtool() { command -v promtool >/dev/null || [ -x bin/promtool ]; }
 
+have_languages() { command -v python3 >/dev/null && command -v node >/dev/null; } # feature: pipe
 have_analyze() { [ "$(uname)" != Linux ] || command -v systemd-analyze >/dev/null; }
 
 complete() {
 	have_postgres || return 1
-	[ "$1" != all ] || { have_pgbouncer && have_promtool && have_analyze; }
+	[ "$1" != all ] || { have_pgbouncer && have_promtool && have_analyze; } || return 1
+	[ "$1" != all ] || have_languages || return 1 # feature: pipe
 }
 
 # Only the programs are wanted: no cluster, and no service that starts.
@@ -43,6 +45,7 @@ if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
 			command -v systemctl >/dev/null && systemctl disable -q --now pgbouncer 2>/dev/null
 		}
 		have_analyze || install_quietly systemd
+		have_languages || install_quietly python3 nodejs # feature: pipe
 		# The package would bring a service; only this one program is needed.
 		have_promtool || (
 			dir=$(mktemp -d) && chmod 755 "$dir" && mkdir -p bin && out=$PWD/bin &&

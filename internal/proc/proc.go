@@ -34,8 +34,31 @@ func (s Settings) Environ() (all []string) {
 	return all
 }
 
-// Find returns the path of a program, which is looked for in PATH unless it has a slash. The error says what is wrong with it.
-func Find(program string) (path string, err error) {
+// Program takes apart the words of a handler, and finds the program. What only a shell would understand is an error and not an odd
+// argument.
+func Program(handler string, words []string) (path string, args []string, err error) {
+	if len(words) == 0 {
+		return "", nil, fmt.Errorf("%s needs a program: %[1]s:PROGRAM [ARG...]", handler)
+	}
+	for _, w := range words {
+		if w != "" && strings.ContainsRune("|<>&;", rune(w[0])) || strings.HasPrefix(w, "2>") {
+			return "", nil, fmt.Errorf("there is no shell, so %q would be an argument like any other; put the command into a script", w)
+		}
+	}
+	path, err = find(words[0])
+	return path, words[1:], err
+}
+
+// Stamp writes a time as RFC 3339 has it, or nothing when it is zero.
+func Stamp(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format(time.RFC3339Nano)
+}
+
+// find returns the path of a program, which is looked for in PATH unless it has a slash. The error says what is wrong with it.
+func find(program string) (path string, err error) {
 	path, err = exec.LookPath(program)
 	switch {
 	case err != nil && strings.Contains(program, "="): // it may be a secret

@@ -10,7 +10,7 @@
 //   - a line that contains "feature: NAME" in a comment
 //   - the lines from one that contains "begin: NAME" to one that contains "end: NAME"
 //
-// NAME may be several names: each of them takes it away.
+// NAME may be several names: each of them takes it away. Of names with a slash between them, as in execcmd/pipe, all must go.
 package main
 
 import (
@@ -40,6 +40,7 @@ var features = map[string][]string{
 	"execcmd":  {"internal/demo"},
 	"webhook":  {},
 	"health":   {"deploy/kubernetes.yaml", "deploy/alerts.yml", "deploy/alerts_test.yml"},
+	"pipe":     {},
 	"schedule": {},
 	"sdnotify": {"deploy/pglistener.service", "deploy/pglistener@.service"},
 }
@@ -69,7 +70,7 @@ func copyProject(from, to, name string, without []string) error {
 		}
 		gone = append(append(gone, "internal/"+f), also...)
 	}
-	if used := slices.ContainsFunc(without, func(f string) bool { return f == "execcmd" }); used {
+	if slices.Contains(without, "execcmd") && slices.Contains(without, "pipe") {
 		gone = append(gone, "internal/proc") // nobody else starts programs
 	}
 	if entries, err := os.ReadDir(to); err == nil && len(entries) > 0 {
@@ -156,16 +157,19 @@ func tidy(text string) ([]byte, error) {
 }
 
 var (
-	ofFile = regexp.MustCompile(`^(?:// feature:|<!-- file:) ([a-z ]+?)(?: -->)?$`)
-	ofLine = regexp.MustCompile(`(?://|#|<!--) feature: ([a-z ]+?)(?: -->.*)?$`)
-	begins = regexp.MustCompile(`^\s*(?://|#|<!--) begin: ([a-z ]+?)(?: -->)?$`)
-	ends   = regexp.MustCompile(`^\s*(?://|#|<!--) end: ([a-z ]+?)(?: -->)?$`)
+	ofFile = regexp.MustCompile(`^(?:// feature:|<!-- file:) ([a-z/ ]+?)(?: -->)?$`)
+	ofLine = regexp.MustCompile(`(?://|#|<!--) feature: ([a-z/ ]+?)(?: -->.*)?$`)
+	begins = regexp.MustCompile(`^\s*(?://|#|<!--) begin: ([a-z/ ]+?)(?: -->)?$`)
+	ends   = regexp.MustCompile(`^\s*(?://|#|<!--) end: ([a-z/ ]+?)(?: -->)?$`)
 )
 
 // strip removes what belongs to features from a file's text. keep is false when the whole file does.
 func strip(text string, without []string) (stripped string, keep bool) {
 	if len(without) == 0 {
 		return text, true
+	}
+	for _, f := range without { // of names with a slash between them the others are left, which keep what is marked
+		text = regexp.MustCompile(`((?:feature|begin|end): [a-z/ ]*?)\b(?:`+f+`/|/`+f+`\b)`).ReplaceAllString(text, "$1")
 	}
 	// of says whether a marker is there and names one of the features.
 	of := func(marker *regexp.Regexp, line string) (names string, here bool) {

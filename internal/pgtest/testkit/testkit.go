@@ -12,6 +12,8 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -100,7 +102,7 @@ func LocalServer(t *testing.T) *pgtest.Server {
 }
 
 // Skip skips a test for a stated reason, except in CI, where a gap is a failure.
-func Skip(t *testing.T, reason string) {
+func Skip(t testing.TB, reason string) {
 	t.Helper()
 	if os.Getenv("CI") == "true" {
 		t.Fatalf("skipped under CI: %s", reason)
@@ -266,6 +268,39 @@ func Eventually(t *testing.T, what string, ok func() bool) {
 			t.Fatal(what)
 		}
 	}
+}
+
+// Python is the interpreter itself: what is found in PATH may be a script that looks for it, which is slow.
+func Python(t testing.TB) (path string) {
+	t.Helper()
+	if path = python(); path == "" {
+		Skip(t, "needs python3")
+	}
+	return path
+}
+
+var python = sync.OnceValue(func() string {
+	path, err := exec.Command("python3", "-c", "import sys; print(sys.executable)").Output()
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(path))
+})
+
+// Program writes the first program in a language that a document shows, exactly as it stands there, and returns its path.
+func Program(t testing.TB, document, language string) (path string) {
+	t.Helper()
+	text, err := os.ReadFile(document)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(text), "```"+language+"\n")
+	program, _, found := strings.Cut(rest, "```")
+	path = filepath.Join(t.TempDir(), "program")
+	if err := os.WriteFile(path, []byte(program), 0o755); err != nil || !found {
+		t.Fatalf("%s: no program in %s: %v", document, language, err)
+	}
+	return path
 }
 
 // ReadFile returns a file's text.
