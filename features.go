@@ -3,8 +3,11 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt" // feature: outbox
+	"io"  // feature: outbox
 	"log/slog"
 	"os"
+	"slices" // feature: outbox
 	"strings"
 	"time"
 
@@ -126,12 +129,13 @@ func featureCommands() []cli.Command {
 	return []cli.Command{
 		{Flags: "-check", Usage: "try everything once, print one line per check, exit with 0 or 1", Run: checkAll}, // feature: check
 		// begin: outbox
-		{Flags: "-outbox-schema", Usage: "print the SQL that makes OUTBOX_TABLE, for psql or a migration", Run: func(_ context.Context, e cli.Env) int {
-			if err := outbox.PrintSchema(e.Lookup, e.Stdout); err != nil {
-				return e.Fail(err, cli.Usage)
-			}
-			return cli.OK
-		}},
+		{Flags: "-outbox-schema", Usage: "print the SQL that makes OUTBOX_TABLE, for psql or a migration", Run: printSchema},
+		{Flags: "-outbox-list", Operands: "[failed|waiting|scheduled] [ID...|CHANNEL|all]",
+			Usage: "show rows of OUTBOX_TABLE, without payloads: as columns on a terminal, otherwise as lines of JSON", Run: operate(outbox.Operator.List)},
+		{Flags: "-outbox-retry", Operands: "[-n] ID...|CHANNEL|all",
+			Usage: "make rows due now that have failed or are to be tried again later; -n only says which", Run: operate(outbox.Operator.Retry)},
+		{Flags: "-outbox-purge", Operands: "[-n] ID...|CHANNEL|all",
+			Usage: "delete rows that have failed; -n only says which", Run: operate(outbox.Operator.Purge)},
 		// end: outbox
 		// begin: health
 		{Flags: "-healthy", Usage: "ask the listener at HTTP_ADDR whether it is ready, and exit with 0 or 1", Run: func(_ context.Context, e cli.Env) int {
@@ -143,6 +147,57 @@ func featureCommands() []cli.Command {
 		// end: health
 	}
 }
+
+// begin: outbox
+
+// outboxVariables reads the variables that a command about the outbox needs. What is wrong with others is no matter.
+func outboxVariables(e cli.Env, names ...string) (cfg *Config, ok bool) {
+	cfg, ok = &Config{}, true
+	problems := env.Decode(cfg, e.Lookup)
+	if name, err := env.CheckDSN(cfg.DatabaseURL, e.Lookup); err != nil {
+		problems = append(problems, fmt.Errorf("%s: %w", name, err))
+	}
+	for _, problem := range problems {
+		name, _, _ := strings.Cut(strings.Replace(problem.Error(), "_FILE:", ":", 1), ":")
+		if slices.Contains(names, name) {
+			names = slices.DeleteFunc(names, func(n string) bool { return n == name }) // one line a variable
+			e.Fail(problem, cli.Usage)
+			ok = false
+		}
+	}
+	return cfg, ok
+}
+
+func printSchema(_ context.Context, e cli.Env) int {
+	cfg, ok := outboxVariables(e, "OUTBOX_TABLE")
+	if !ok {
+		return cli.Usage
+	}
+	sql, err := outbox.Schema(cfg.Channel.Outbox.Table)
+	if err != nil {
+		return e.Fail(err, cli.Usage)
+	}
+	if _, err = io.WriteString(e.Stdout, sql); err != nil {
+		return e.Fail(err, cli.Failed)
+	}
+	return cli.OK
+}
+
+// operate makes a command of one that a person gives about rows.
+func operate(command func(outbox.Operator, context.Context) int) func(context.Context, cli.Env) int {
+	return func(ctx context.Context, e cli.Env) int {
+		cfg, ok := outboxVariables(e, "OUTBOX_TABLE", "PING_TIMEOUT", "DATABASE_URL", "PGSERVICE", "PG*")
+		if !ok {
+			return cli.Usage
+		}
+		return command(outbox.Operator{
+			DSN: cfg.dsn(), Table: cfg.Channel.Outbox.Table, Timeout: cfg.Listener.PingTimeout,
+			Operands: e.Operands, Stdout: e.Stdout, Stderr: e.Stderr,
+		}, ctx)
+	}
+}
+
+// end: outbox
 
 // watch connects what watches l while it runs. ends are to be called when it has stopped.
 func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error) {

@@ -21,6 +21,7 @@ type store struct {
 	channel string
 	owner   string        // what stands in lease: of this process and channel
 	lease   time.Duration // how long a claim lasts
+	rights  string        // that the hint about a lack of rights names; "" is all
 }
 
 // claim takes up to n due rows: one statement, which adds one to attempts and sets the lease. No transaction stays open.

@@ -1,0 +1,295 @@
+package outbox
+
+import (
+	"context"
+	"database/sql"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
+
+	"github.com/pglistener/pglistener/internal/pgconn"
+)
+
+// Operator is a person at the command line. Each of its methods is a command, which prints what it does and returns the exit
+// code: 0 when all is done, 1 when something is not, 2 when the operands make no sense.
+type Operator struct {
+	DSN, Table     string
+	Timeout        time.Duration // of every answer of the server
+	Operands       []string
+	Stdout, Stderr io.Writer
+}
+
+//go:embed rows.sql
+var rowsSQL string
+
+//go:embed retry.sql
+var retrySQL string
+
+//go:embed purge.sql
+var purgeSQL string
+
+// Retry makes rows due that have failed or are in backoff, and rings for them.
+func (p Operator) Retry(ctx context.Context) int {
+	return p.run(false, "select, update", func(s store, what selection) error {
+		return p.change(ctx, s, what, "retry", retrySQL, "failed", "retrying")
+	})
+}
+
+// Purge deletes rows that have failed.
+func (p Operator) Purge(ctx context.Context) int {
+	return p.run(false, "select, update, delete", func(s store, what selection) error {
+		return p.change(ctx, s, what, "purge", purgeSQL, "failed")
+	})
+}
+
+// List shows rows without their payloads, which may be secret.
+func (p Operator) List(context.Context) int { return p.run(true, "select", p.list) }
+
+// errPartly ends a command of which everything has been said.
+var errPartly = errors.New("not all was done")
+
+func (p Operator) run(list bool, rights string, command func(store, selection) error) int {
+	what, err := parseSelection(p.Operands, list)
+	fail := func(text string, code int) int {
+		fmt.Fprintln(p.Stderr, "pglistener:", printable(text))
+		return code
+	}
+	if err != nil {
+		return fail(err.Error(), 2)
+	}
+	t, err := parseTable(p.Table)
+	if err != nil {
+		return fail("OUTBOX_TABLE: "+err.Error(), 2)
+	}
+	db, err := pgconn.OpenDB(p.DSN, p.Timeout)
+	if err != nil {
+		return fail("DATABASE_URL: "+err.Error(), 2)
+	}
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	s := store{db: db, table: t, rights: rights}
+	switch err := command(s, what); {
+	case err == nil:
+		return 0
+	case errors.Is(err, errPartly):
+		return 1
+	case pq.As(err, pqerror.LockNotAvailable) != nil:
+		return fail("an open transaction has locked the table; try again later", 1)
+	case pgconn.IsTimeout(err):
+		return fail(fmt.Sprintf("%v: the server did not answer within PING_TIMEOUT, which is %v; PING_TIMEOUT=1m waits longer", err, p.Timeout), 1)
+	default:
+		return fail(strings.ReplaceAll(s.explain(err).Error(), "\n", "; "), 1)
+	}
+}
+
+// selection is what operands ask for: the rows ids, or else those of a channel, or of all.
+type selection struct {
+	state   string // "" is any
+	ids     []int64
+	channel *string // nil: all
+	dry     bool    // only show
+}
+
+// groups are the states that may be asked for; each row is in one.
+var groups = map[string]string{"failed": "o.failed_at is not null", "waiting": "o.schedule is null", "scheduled": "o.schedule is not null"}
+
+// parseSelection reads [STATE] ID...|CHANNEL|all, of which only a list may have a state and may leave out the rest. Digits are an
+// id, and what follows channel= is always a channel. No error shows an operand: it may be a connection string.
+func parseSelection(operands []string, list bool) (what selection, err error) {
+	rest := slices.Clone(operands)
+	if list && len(rest) > 0 && groups[rest[0]] != "" {
+		what.state, rest = rest[0], rest[1:]
+	} else if !list {
+		rest = slices.DeleteFunc(rest, func(o string) bool { return o == "-n" })
+		what.dry = len(rest) < len(operands)
+	}
+	if list && len(rest) == 0 || len(rest) == 1 && rest[0] == "all" {
+		return what, nil
+	}
+	if len(rest) == 0 {
+		return what, errors.New("say which rows: ID..., CHANNEL or all; -outbox-list shows them")
+	}
+	for i, operand := range rest {
+		name, named := strings.CutPrefix(operand, "channel=")
+		id, bad := strconv.ParseInt(operand, 10, 64)
+		switch {
+		case operand != "" && strings.Trim(operand, "0123456789") == "":
+			if bad != nil {
+				return what, fmt.Errorf("operand %d is too large for an id", i+1)
+			}
+			what.ids = append(what.ids, id)
+		case list && what.state == "" && len(rest) == 2:
+			return what, errors.New("operand 1 is no state: those are failed, waiting and scheduled")
+		case len(rest) > 1:
+			return what, fmt.Errorf("operand %d is not the number of a row: several operands must all be, and a CHANNEL or all stands alone", i+1)
+		case name == "" || len(name) > pgconn.MaxIdentifier:
+			return what, fmt.Errorf("operand %d is no channel: a name has 1 to %d bytes", i+1, pgconn.MaxIdentifier)
+		case !named && (strings.HasPrefix(operand, "-") || strings.ContainsAny(operand, "=:@")):
+			return what, fmt.Errorf("operand %d is neither an id nor a simple name: write channel=NAME for a channel; the database is that of DATABASE_URL", i+1)
+		default:
+			what.channel = &name
+		}
+	}
+	return what, nil
+}
+
+// lockWait is how long a command waits for what an open transaction holds.
+const lockWait = 500 * time.Millisecond
+
+// in runs statements in a short transaction that waits for no lock for long.
+func (p Operator) in(s store, use func(*sql.Tx) error) error {
+	tx, err := s.db.Begin()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }() // of what is not committed
+	wait := strconv.FormatInt(min(lockWait, p.Timeout/2).Milliseconds(), 10)
+	if _, err = tx.Exec("select set_config('lock_timeout', $1, true), set_config('timezone', 'UTC', true)", wait); err == nil {
+		err = use(tx)
+	}
+	if err != nil {
+		return err
+	}
+	return tx.Commit()
+}
+
+// scan reads rows of the table that are failed, or that are not; limit 0 is all.
+func (p Operator) scan(s store, what selection, failed bool, filter, order, fields string, limit int, each func(*sql.Rows) error) error {
+	which := "o.failed_at is null"
+	if failed {
+		which = "o.failed_at is not null"
+	}
+	query, args := rowsSQL, []any{what.channel, sql.NullInt64{Int64: int64(limit), Valid: limit > 0}}
+	if what.ids != nil {
+		query, args = "select {fields} from {table} o where o.id = any($1) and {which} and {filter} order by {order} limit $2", []any{pq.Int64Array(what.ids), args[1]}
+	}
+	query = strings.NewReplacer("{which}", which, "{filter}", filter, "{order}", order, "{fields}", fields).Replace(query)
+	return p.in(s, func(tx *sql.Tx) error {
+		rows, err := tx.Query(s.table.sql(query), args...)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() && err == nil {
+			err = each(rows)
+		}
+		return errors.Join(err, rows.Err())
+	})
+}
+
+const batchRows = 2000 // at once, so that no statement takes long
+
+// change does the command that query is to the rows of what that are in one of states.
+func (p Operator) change(ctx context.Context, s store, what selection, verb, query string, states ...string) error {
+	ids, named := what.ids, what.ids != nil
+	for _, state := range states {
+		if named {
+			break
+		}
+		err := p.scan(s, what, state == "failed", "{state} = '"+state+"'", "null::int", "o.id", 0, func(r *sql.Rows) error {
+			var id int64
+			ids = append(ids, id)
+			return r.Scan(&ids[len(ids)-1])
+		})
+		if err != nil {
+			return err
+		}
+	}
+	// The newest first: of failed rows with one key it is the newest that counts.
+	slices.Sort(ids)
+	ids = slices.Compact(ids)
+	slices.Reverse(ids)
+	now, err := s.now()
+	became, waits, told := map[string][]int64{}, 0, time.Now()
+	var batch func(ids []int64) error
+	batch = func(ids []int64) error {
+		var fates map[int64]string
+		err := p.in(s, func(tx *sql.Tx) error {
+			rows, err := tx.Query(s.table.sql(query), pq.Int64Array(ids), now, what.dry)
+			if err == nil {
+				fates, err = byKey[int64, string](rows)
+			}
+			return err
+		})
+		if pq.As(err, pqerror.LockNotAvailable, pqerror.UniqueViolation) != nil {
+			// Somebody has written a key of these and not committed yet, or just so: go around that row.
+			if waits++; len(ids) == 1 || waits > 30 {
+				became["locked"] = append(became["locked"], ids...)
+				return nil
+			}
+			if err = batch(ids[:len(ids)/2]); err == nil {
+				err = batch(ids[len(ids)/2:])
+			}
+			return err
+		}
+		for id, fate := range fates {
+			became[fate] = append(became[fate], id)
+		}
+		return err
+	}
+	for part := range slices.Chunk(ids, batchRows) {
+		if err == nil && ctx.Err() != nil {
+			err = errors.New("interrupted; the same command goes on")
+		}
+		if err != nil {
+			break
+		}
+		if time.Since(told) > 2*time.Second {
+			told = time.Now()
+			fmt.Fprintf(p.Stderr, "%d of %d\n", len(became["done"]), len(ids))
+		}
+		err = batch(part)
+	}
+	if partly := p.tell(verb, what.dry, named, became); err == nil {
+		err = partly
+	}
+	return err
+}
+
+// tell says what became of rows.
+func (p Operator) tell(verb string, dry, named bool, became map[string][]int64) (err error) {
+	done := map[string]string{"retry": "due now: ", "purge": "deleted: "}[verb]
+	if dry {
+		done = "would be " + done
+	}
+	fmt.Fprintln(p.Stdout, done+count(became["done"]))
+	for _, fate := range [][2]string{
+		{"locked", "skipped, an open transaction holds the row or its key; try again later"}, {"key", "skipped, another row has its key by now"},
+		{"running", "left alone, its handler is running"}, {"waiting", "left alone, it waits and has not failed"}, {"missing", "there is no such row"},
+	} {
+		if ids := became[fate[0]]; len(ids) > 0 && (named || fate[0] == "locked" || fate[0] == "key") {
+			fmt.Fprintln(p.Stderr, fate[1]+": "+count(ids))
+			if named || fate[0] == "locked" {
+				err = errPartly
+			}
+		}
+	}
+	return err
+}
+
+// count is how many ids there are, and the first of them.
+func count(ids []int64) string {
+	if len(ids) == 0 {
+		return "0 rows"
+	}
+	slices.Sort(ids)
+	text := "1 row, id"
+	if len(ids) > 1 {
+		text = strconv.Itoa(len(ids)) + " rows, ids"
+	}
+	for _, id := range ids[:min(len(ids), 20)] {
+		text += " " + strconv.FormatInt(id, 10)
+	}
+	if len(ids) > 20 {
+		text += " ..."
+	}
+	return text
+}

@@ -1,0 +1,22 @@
+-- Makes the rows $1 due at $2 that have failed or are to be tried again later, unless $3. It returns what became of each.
+with held as materialized (
+	select o.id, o.channel, o.key, o.schedule, {state} as state from {table} o where o.id = any($1::bigint[]) for update of o skip locked),
+judged as materialized (
+	select h.*, h.state in ('failed', 'retrying') and (h.key is null or h.state = 'retrying' or
+			case when l.id is null then row_number() over (partition by h.channel, h.key, h.state order by h.id desc) = 1
+				else l.schedule is not null end) as goes,
+		l.id is not null as run -- of a schedule, whose row has the key
+	from held h left join {table} l on h.state = 'failed' and l.channel = h.channel and l.key = h.key and l.failed_at is null),
+done as (
+	update {table} o set failed_at = null, lease = null, leased_until = null, run_at = $2,
+		attempts = case when j.state = 'retrying' then o.attempts when j.schedule is null then 0 else -1 end,
+		due_at = case when j.state = 'retrying' then o.due_at end,
+		key = case when j.run then null else o.key end
+	from judged j where o.id = j.id and j.goes and not $3
+	returning o.id, o.channel)
+select r.id, case
+		when j.id is null then case when exists (select from {table} o where o.id = r.id) then 'locked' else 'missing' end
+		when j.goes and not $3 and done.id is null then 'locked'
+		when j.goes then 'done' when j.state = 'failed' then 'key' when j.state = 'running' then 'running' else 'waiting' end
+from unnest($1::bigint[]) r (id) left join judged j on j.id = r.id left join done on done.id = r.id
+where (select count(pg_notify(d.channel, '')) from (select distinct channel from done) d) >= 0
