@@ -206,6 +206,17 @@ func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error
 	end, err := health.Start(p.cfg.Features.Health, l, version(), p.log, p.lines)
 	ends = append(ends, end)
 	// end: health
+	// begin: schedule outbox
+	plain := map[string]string{} // doorbells without a schedule, with the table that may hold what is left of one
+	for _, r := range p.cfg.routes {
+		if s := p.cfg.perChannel[r.Channel]; r.Mode == "doorbell" && s.Schedule.Text == "" && env.IsSet(lookup, r.Channel, "OUTBOX_TABLE") {
+			plain[r.Channel] = s.Outbox.Table
+		}
+	}
+	if len(plain) > 0 && err == nil {
+		ends = append(ends, outbox.ForgetSchedules(p.cfg.dsn(), p.cfg.Listener.PingTimeout, plain, p.log))
+	}
+	// end: schedule outbox
 	return ends, err
 }
 

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall" // feature: schedule
 	"testing"
 	"time"
 
@@ -583,3 +584,73 @@ func (o operator) id(t *testing.T, args ...string) string {
 	}
 	return fmt.Sprint(rows[0]["id"])
 }
+
+// begin: schedule
+
+// The row of a doorbell's schedule goes when the variable does, at the next start and not by a check.
+func TestScheduleOfADoorbellIsForgotten(t *testing.T) {
+	t.Parallel()
+	o, channel := newOperator(t), testkit.ChannelName(t)
+	name := strings.ToUpper(channel) + "_SCHEDULE"
+	v := sending(o.tab, vars{"OUTBOX_TABLE": o.tab, name: "0 3 * * *"})
+	rings := fast(testkit.DSN(t), channel+"=doorbell:log", v)
+	p := runProgram(t, rings)
+	row := func() (n int) {
+		if err := testkit.DB(t).QueryRow(`select count(*) from "` + o.tab + `" where key = 'pglistener schedule' and attempts = 0`).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	testkit.Eventually(t, "there is no row", func() bool { return row() == 1 })
+	p.signal(t, syscall.SIGTERM)
+	p.exit(t, cli.OK, stopBound)
+	// A second doorbell, whose schedule stays, and rows of a person.
+	other := channel + "_2"
+	rings["CHANNELS"] = other + "=doorbell:log"
+	rings[strings.ToUpper(other)+"_SCHEDULE"] = "0 4 * * *"
+	p = runProgram(t, rings)
+	testkit.Eventually(t, "there is no second row", func() bool { return row() == 2 })
+	p.signal(t, syscall.SIGTERM)
+	p.exit(t, cli.OK, stopBound)
+	o.add(t, channel, "key, run_at => 'pglistener schedule', now() + interval '1 day'")
+	o.add(t, channel+" schedule", "key, run_at => 'mine', now() + interval '1 day'")
+
+	delete(rings, name)
+	rings["CHANNELS"] += "," + channel + "=doorbell:log"
+	check := operator{rings, o.tab}
+	check.run(t, cli.OK, "-check") // feature: check
+	if row() != 3 {
+		t.Error("a check has deleted a row")
+	}
+	p = runProgram(t, rings)
+	testkit.Eventually(t, "the row of the schedule that is gone is still there", func() bool { return row() == 2 })
+	p.signal(t, syscall.SIGTERM)
+	p.exit(t, cli.OK, stopBound)
+	if n := rowCount(t, testkit.DB(t), o.tab); n != 3 {
+		t.Errorf("%d rows", n)
+	}
+	for _, line := range p.All("could not look") {
+		t.Error(line)
+	}
+
+	// Where it cannot, it says so, and goes on; where there is no table there is nothing to say.
+	role := "f" + strconv.FormatInt(time.Now().UnixNano(), 36)
+	testkit.Exec(t, testkit.DB(t), "create role "+role+" login password 'x'")
+	t.Cleanup(func() { _, _ = testkit.DB(t).Exec("drop role " + role) })
+	p = runProgram(t, fast(testkit.WithUser(testkit.DSN(t), role, "x"), channel+"=doorbell:log", vars{"OUTBOX_TABLE": o.tab}))
+	if line := p.Wait(t, "could not look for what is left of a schedule", 1); line["level"] != "WARN" || !strings.Contains(line["error"].(string), "grant select, delete on") {
+		t.Errorf("%v", line)
+	}
+	p.Wait(t, "delivery proven", 1)
+	p.signal(t, syscall.SIGTERM)
+	p.exit(t, cli.OK, stopBound)
+	p = runProgram(t, fast(testkit.DSN(t), channel+"=doorbell:log", vars{"OUTBOX_TABLE": "no_such_table"}))
+	p.Wait(t, "delivery proven", 1)
+	p.signal(t, syscall.SIGTERM)
+	p.exit(t, cli.OK, stopBound)
+	if lines := p.All("could not look"); len(lines) > 0 {
+		t.Error(lines)
+	}
+}
+
+// end: schedule
