@@ -27,8 +27,8 @@ type Operator struct {
 	Stdout, Stderr io.Writer
 }
 
-//go:embed rows.sql
-var rowsSQL string
+//go:embed select.sql
+var selectSQL string
 
 //go:embed retry.sql
 var retrySQL string
@@ -39,14 +39,14 @@ var purgeSQL string
 // Retry makes rows due that have failed or are in backoff, and rings for them.
 func (p Operator) Retry(ctx context.Context) int {
 	return p.run(false, "select, update", func(s store, what selection) error {
-		return p.change(ctx, s, what, "retry", retrySQL, "failed", "retrying")
+		return p.change(ctx, s, what, "due now: ", retrySQL, "failed", "retrying")
 	})
 }
 
 // Purge deletes rows that have failed.
 func (p Operator) Purge(ctx context.Context) int {
 	return p.run(false, "select, update, delete", func(s store, what selection) error {
-		return p.change(ctx, s, what, "purge", purgeSQL, "failed")
+		return p.change(ctx, s, what, "deleted: ", purgeSQL, "failed")
 	})
 }
 
@@ -92,21 +92,23 @@ func (p Operator) run(list bool, rights string, command func(store, selection) e
 
 // selection is what operands ask for: the rows ids, or else those of a channel, or of all.
 type selection struct {
-	state   string // "" is any
+	states  []string // nil is any
 	ids     []int64
 	channel *string // nil: all
 	dry     bool    // only show
 }
 
-// groups are the states that may be asked for; each row is in one.
-var groups = map[string]string{"failed": "o.failed_at is not null", "waiting": "o.schedule is null", "scheduled": "o.schedule is not null"}
+// args are the arguments of select.sql.
+func (w selection) args(limit any) []any {
+	return []any{pq.StringArray(w.states), pq.Int64Array(w.ids), w.channel, limit}
+}
 
 // parseSelection reads [STATE] ID...|CHANNEL|all, of which only a list may have a state and may leave out the rest. Digits are an
 // id, and what follows channel= is always a channel. No error shows an operand: it may be a connection string.
 func parseSelection(operands []string, list bool) (what selection, err error) {
 	rest := slices.Clone(operands)
-	if list && len(rest) > 0 && groups[rest[0]] != "" {
-		what.state, rest = rest[0], rest[1:]
+	if list && len(rest) > 0 && slices.Contains([]string{"failed", "waiting", "scheduled"}, rest[0]) {
+		what.states, rest = rest[:1], rest[1:]
 	} else if !list {
 		rest = slices.DeleteFunc(rest, func(o string) bool { return o == "-n" })
 		what.dry = len(rest) < len(operands)
@@ -126,7 +128,7 @@ func parseSelection(operands []string, list bool) (what selection, err error) {
 				return what, fmt.Errorf("operand %d is too large for an id", i+1)
 			}
 			what.ids = append(what.ids, id)
-		case list && what.state == "" && len(rest) == 2:
+		case list && what.states == nil && len(rest) == 2:
 			return what, errors.New("operand 1 is no state: those are failed, waiting and scheduled")
 		case len(rest) > 1:
 			return what, fmt.Errorf("operand %d is not the number of a row: several operands must all be, and a CHANNEL or all stands alone", i+1)
@@ -144,45 +146,29 @@ func parseSelection(operands []string, list bool) (what selection, err error) {
 // lockWait is how long a command waits for what an open transaction holds.
 const lockWait = 500 * time.Millisecond
 
-// in runs statements in a short transaction that waits for no lock for long.
-func (p Operator) in(s store, use func(*sql.Tx) error) error {
+// query runs a statement in a transaction of its own, which waits for no lock for long, and calls each for its rows.
+func (p Operator) query(s store, query string, args []any, each func(*sql.Rows) error) error {
 	tx, err := s.db.Begin()
 	if err != nil {
 		return err
 	}
 	defer func() { _ = tx.Rollback() }() // of what is not committed
 	wait := strconv.FormatInt(min(lockWait, p.Timeout/2).Milliseconds(), 10)
-	if _, err = tx.Exec("select set_config('lock_timeout', $1, true), set_config('timezone', 'UTC', true)", wait); err == nil {
-		err = use(tx)
+	if _, err = tx.Exec("select set_config('lock_timeout', $1, true), set_config('timezone', 'UTC', true)", wait); err != nil {
+		return err
 	}
+	rows, err := tx.Query(s.table.sql(query), args...)
 	if err != nil {
 		return err
 	}
+	defer rows.Close()
+	for rows.Next() && err == nil {
+		err = each(rows)
+	}
+	if err = errors.Join(err, rows.Err()); err != nil {
+		return err
+	}
 	return tx.Commit()
-}
-
-// scan reads rows of the table that are failed, or that are not; limit 0 is all.
-func (p Operator) scan(s store, what selection, failed bool, filter, order, fields string, limit int, each func(*sql.Rows) error) error {
-	which := "o.failed_at is null"
-	if failed {
-		which = "o.failed_at is not null"
-	}
-	query, args := rowsSQL, []any{what.channel, sql.NullInt64{Int64: int64(limit), Valid: limit > 0}}
-	if what.ids != nil {
-		query, args = "select {fields} from {table} o where o.id = any($1) and {which} and {filter} order by {order} limit $2", []any{pq.Int64Array(what.ids), args[1]}
-	}
-	query = strings.NewReplacer("{which}", which, "{filter}", filter, "{order}", order, "{fields}", fields).Replace(query)
-	return p.in(s, func(tx *sql.Tx) error {
-		rows, err := tx.Query(s.table.sql(query), args...)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() && err == nil {
-			err = each(rows)
-		}
-		return errors.Join(err, rows.Err())
-	})
 }
 
 const batchRows = 2000 // at once, so that no statement takes long
@@ -190,13 +176,9 @@ const batchRows = 2000 // at once, so that no statement takes long
 // change does the command that query is to the rows of what that are in one of states.
 func (p Operator) change(ctx context.Context, s store, what selection, verb, query string, states ...string) error {
 	ids, named := what.ids, what.ids != nil
-	for _, state := range states {
-		if named {
-			break
-		}
-		err := p.scan(s, what, state == "failed", "{state} = '"+state+"'", "null::int", "o.id", 0, func(r *sql.Rows) error {
-			var id int64
-			ids = append(ids, id)
+	if what.states = states; !named {
+		err := p.query(s, selectSQL+"select id from found", what.args(nil), func(r *sql.Rows) error {
+			ids = append(ids, 0)
 			return r.Scan(&ids[len(ids)-1])
 		})
 		if err != nil {
@@ -211,12 +193,12 @@ func (p Operator) change(ctx context.Context, s store, what selection, verb, que
 	became, waits, told := map[string][]int64{}, 0, time.Now()
 	var batch func(ids []int64) error
 	batch = func(ids []int64) error {
-		var fates map[int64]string
-		err := p.in(s, func(tx *sql.Tx) error {
-			rows, err := tx.Query(s.table.sql(query), pq.Int64Array(ids), now, what.dry)
-			if err == nil {
-				fates, err = byKey[int64, string](rows)
-			}
+		fates := map[string][]int64{}
+		err := p.query(s, query, []any{pq.Int64Array(ids), now, what.dry}, func(r *sql.Rows) error {
+			var id int64
+			var fate string
+			err := r.Scan(&id, &fate)
+			fates[fate] = append(fates[fate], id)
 			return err
 		})
 		if pq.As(err, pqerror.LockNotAvailable, pqerror.UniqueViolation) != nil {
@@ -230,8 +212,10 @@ func (p Operator) change(ctx context.Context, s store, what selection, verb, que
 			}
 			return err
 		}
-		for id, fate := range fates {
-			became[fate] = append(became[fate], id)
+		for fate, ids := range fates {
+			if err == nil {
+				became[fate] = append(became[fate], ids...)
+			}
 		}
 		return err
 	}
@@ -256,11 +240,10 @@ func (p Operator) change(ctx context.Context, s store, what selection, verb, que
 
 // tell says what became of rows.
 func (p Operator) tell(verb string, dry, named bool, became map[string][]int64) (err error) {
-	done := map[string]string{"retry": "due now: ", "purge": "deleted: "}[verb]
 	if dry {
-		done = "would be " + done
+		verb = "would be " + verb
 	}
-	fmt.Fprintln(p.Stdout, done+count(became["done"]))
+	fmt.Fprintln(p.Stdout, verb+count(became["done"]))
 	for _, fate := range [][2]string{
 		{"locked", "skipped, an open transaction holds the row or its key; try again later"}, {"key", "skipped, another row has its key by now"},
 		{"running", "left alone, its handler is running"}, {"waiting", "left alone, it waits and has not failed"}, {"missing", "there is no such row"},
@@ -281,15 +264,12 @@ func count(ids []int64) string {
 		return "0 rows"
 	}
 	slices.Sort(ids)
-	text := "1 row, id"
-	if len(ids) > 1 {
-		text = strconv.Itoa(len(ids)) + " rows, ids"
-	}
-	for _, id := range ids[:min(len(ids), 20)] {
-		text += " " + strconv.FormatInt(id, 10)
+	text, more := fmt.Sprintf("%d rows, ids ", len(ids)), ""
+	if len(ids) == 1 {
+		text = "1 row, id "
 	}
 	if len(ids) > 20 {
-		text += " ..."
+		ids, more = ids[:20], " ..."
 	}
-	return text
+	return text + strings.Trim(fmt.Sprint(ids), "[]") + more
 }

@@ -74,6 +74,7 @@ func parseTable(s string) (table, error) {
 		"{trigger}", with("_notify"),
 		"{and usage}", usage,
 		"{state}", stateSQL,
+		"{kind}", "($1::text[] is null or array[case when o.failed_at is not null then 'failed' when o.schedule is null then 'waiting' else 'scheduled' end, "+stateSQL+"] && $1)",
 	)}, nil
 }
 
