@@ -154,7 +154,9 @@ func (p Operator) query(s store, query string, args []any, each func(*sql.Rows) 
 	}
 	defer func() { _ = tx.Rollback() }() // of what is not committed
 	wait := strconv.FormatInt(min(lockWait, p.Timeout/2).Milliseconds(), 10)
-	if _, err = tx.Exec("select set_config('lock_timeout', $1, true), set_config('timezone', 'UTC', true)", wait); err != nil {
+	// Nobody may have analyzed a table that is in trouble: the planner is not to guess that reading all of it is cheap.
+	if _, err = tx.Exec(`select set_config('lock_timeout', $1, true), set_config('timezone', 'UTC', true), set_config('jit', 'off', true),
+		set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)`, wait); err != nil {
 		return err
 	}
 	rows, err := tx.Query(s.table.sql(query), args...)
@@ -171,7 +173,7 @@ func (p Operator) query(s store, query string, args []any, each func(*sql.Rows) 
 	return tx.Commit()
 }
 
-const batchRows = 2000 // at once, so that no statement takes long
+const batchRows = 5000 // at once, at most
 
 // change does the command that query is to the rows of what that are in one of states.
 func (p Operator) change(ctx context.Context, s store, what selection, verb, query string, states ...string) error {
@@ -219,18 +221,22 @@ func (p Operator) change(ctx context.Context, s store, what selection, verb, que
 		}
 		return err
 	}
-	for part := range slices.Chunk(ids, batchRows) {
-		if err == nil && ctx.Err() != nil {
+	for n, rest := 100, ids; len(rest) > 0 && err == nil; {
+		if ctx.Err() != nil {
 			err = errors.New("interrupted; the same command goes on")
-		}
-		if err != nil {
 			break
 		}
 		if time.Since(told) > 2*time.Second {
 			told = time.Now()
-			fmt.Fprintf(p.Stderr, "%d of %d\n", len(became["done"]), len(ids))
+			fmt.Fprintf(p.Stderr, "%d of %d\n", len(ids)-len(rest), len(ids))
 		}
-		err = batch(part)
+		// As many at once as the server does in a small part of the time limit.
+		began, part := time.Now(), rest[:min(n, len(rest))]
+		err, rest = batch(part), rest[len(part):]
+		if n *= 2; time.Since(began) > p.Timeout/20 {
+			n = max(n/4, 1)
+		}
+		n = min(n, batchRows)
 	}
 	if partly := p.tell(verb, what.dry, named, became); err == nil {
 		err = partly

@@ -6,7 +6,8 @@ judged as materialized (
 			case when l.id is null then row_number() over (partition by h.channel, h.key, h.state order by h.id desc) = 1
 				else l.schedule is not null end) as goes,
 		l.id is not null as run -- of a schedule, whose row has the key
-	from held h left join {table} l on h.state = 'failed' and l.channel = h.channel and l.key = h.key and l.failed_at is null),
+	from held h left join lateral (
+		select * from {table} l where h.state = 'failed' and l.channel = h.channel and l.key = h.key and l.failed_at is null limit 1) l on true),
 done as (
 	update {table} o set failed_at = null, lease = null, leased_until = null, run_at = $2,
 		attempts = case when j.state = 'retrying' then o.attempts when j.schedule is null then 0 else -1 end,
