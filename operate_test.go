@@ -363,6 +363,14 @@ func TestOperatorKeepsToKeys(t *testing.T) {
 	o.says(t, cli.OK, want, "-outbox-retry", "all")
 	o.says(t, cli.Failed, "due now: 0 rows\nskipped, another row has its key by now: 1 row, id "+lives+"\n", "-outbox-retry", lives)
 	o.says(t, cli.OK, "deleted: 2 rows, ids "+lives+" "+old+"\n", "-outbox-purge", "a")
+	// More than what is done at once: -n knows that only one of them goes back.
+	testkit.Exec(t, testkit.DB(t), `insert into "`+o.tab+`" (channel, key, failed_at) select 'c', 'often', now() from generate_series(1, 299)`)
+	last := o.add(t, "c", key("often"))
+	for _, args := range [][]string{{"-outbox-retry", "-n", "c"}, {"-outbox-retry", "c"}} {
+		if out, problems := o.run(t, cli.OK, args...); !strings.Contains(out, "due now: 1 row, id "+last+"\n") || !strings.Contains(problems, ": 299 rows, ") {
+			t.Errorf("%q: %s%s", args, out, problems)
+		}
+	}
 }
 
 // The row of a schedule always has the key, so that a failed run of it goes back without.
@@ -459,6 +467,10 @@ func TestOperatorDoesManyRows(t *testing.T) {
 func TestOperatorMistakes(t *testing.T) {
 	t.Parallel()
 	o := newOperator(t)
+	primary := testkit.OwnServer(t)
+	makeOutbox(t, testkit.Open(t, primary.DSN()), "outbox")
+	testkit.Exec(t, testkit.Open(t, primary.DSN()), "insert into outbox (channel, failed_at) values ('a', now())")
+	standby := vars{"DATABASE_URL": testkit.StandbyOf(t, primary).DSN(), "OUTBOX_TABLE": "outbox"}
 	o.add(t, "a", failedRow)
 	before := o.snapshot(t)
 	role := "o" + strconv.FormatInt(time.Now().UnixNano(), 36)
@@ -499,6 +511,7 @@ func TestOperatorMistakes(t *testing.T) {
 		{"-outbox-list", vars{"OUTBOX_TABLE": "no_such"}, cli.Failed, "make it: OUTBOX_TABLE=no_such pglistener -outbox-schema"},
 		{"-outbox-retry all", vars{"OUTBOX_TABLE": `app."no.such"`}, cli.Failed, `make it: OUTBOX_TABLE='app."no.such"' pglistener -outbox-schema`},
 		{"-outbox-retry all", vars{"OUTBOX_TABLE": o.tab + "_view"}, cli.Failed, "is a materialized view; name the table itself"},
+		{"-outbox-retry all", standby, cli.Failed, "the server is a standby, where rows can only be listed"},
 		{"-outbox-list", vars{"DATABASE_URL": stranger}, cli.Failed, grant("select")},
 		{"-outbox-retry all", vars{"DATABASE_URL": stranger}, cli.Failed, grant("select, update")},
 		{"-outbox-purge 1", vars{"DATABASE_URL": stranger}, cli.Failed, grant("select, update, delete")},
@@ -521,6 +534,7 @@ func TestOperatorMistakes(t *testing.T) {
 	if o.snapshot(t) != before {
 		t.Error("the table has changed")
 	}
+	(operator{vars: standby}).run(t, cli.OK, "-outbox-list")
 	// The rights that the hints name are enough.
 	p := operator{vars{"DATABASE_URL": stranger, "OUTBOX_TABLE": o.tab}, o.tab}
 	for rights, args := range map[string][]string{"select": {"-outbox-list"}, "select, update": {"-outbox-retry", "a"}, "select, update, delete": {"-outbox-purge", "a"}} {
@@ -552,7 +566,7 @@ func TestOperatorOfOddTables(t *testing.T) {
 		t.Fatal(err)
 	}
 	for value, name := range map[string]string{
-		schema + `.Orders`: "Orders", schema + `."my.outbox"`: "my.outbox", `"` + schema + `.quoted by docker"`: "quoted by docker", "'" + schema + ".it''s'": "it''s",
+		schema + `.Orders`: "Orders", schema + `."my.outbox"`: "my.outbox", `"` + schema + `"."Quoted.Parts"`: "Quoted.Parts", `"` + schema + `.quoted by docker"`: "quoted by docker", "'" + schema + ".it''s'": "it''s",
 	} {
 		for _, v := range []vars{
 			{"DATABASE_URL_FILE": file}, {"DATABASE_URL": "'" + testkit.DSN(t) + "'"},

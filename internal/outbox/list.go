@@ -40,7 +40,7 @@ func (p Operator) list(s store, what selection) error {
 		missing[id] = true
 	}
 	shown, total, out := 0, 0, tabwriter.NewWriter(p.Stdout, 0, 0, 2, ' ', 0)
-	err := p.query(s, selectSQL+listSQL, append(what.args(limit+moreRows), limit), func(r *sql.Rows) error {
+	err := p.query(s, selectSQL+listSQL, true, append(what.args(limit+moreRows), limit), func(r *sql.Rows) error {
 		var id int64
 		var text string
 		var cells pq.StringArray

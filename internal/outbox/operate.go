@@ -147,13 +147,15 @@ func parseSelection(operands []string, list bool) (what selection, err error) {
 const lockWait = 500 * time.Millisecond
 
 // query runs a statement in a transaction of its own, which waits for no lock for long, and calls each for its rows.
-func (p Operator) query(s store, query string, args []any, each func(*sql.Rows) error) error {
-	tx, err := s.db.Begin()
-	if err != nil {
+func (p Operator) query(s store, query string, readOnly bool, args []any, each func(*sql.Rows) error) error {
+	tx, err := s.db.BeginTx(context.Background(), &sql.TxOptions{ReadOnly: readOnly})
+	if pq.As(err, pqerror.FeatureNotSupported) != nil {
+		return errors.New("the server is a standby, where rows can only be listed; DATABASE_URL must name the primary")
+	} else if err != nil {
 		return err
 	}
 	defer func() { _ = tx.Rollback() }() // of what is not committed
-	wait := strconv.FormatInt(min(lockWait, p.Timeout/2).Milliseconds(), 10)
+	wait := strconv.FormatInt(max(1, min(lockWait, p.Timeout/2).Milliseconds()), 10)
 	// Nobody may have analyzed a table that is in trouble: the planner is not to guess that reading all of it is cheap.
 	if _, err = tx.Exec(`select set_config('lock_timeout', $1, true), set_config('timezone', 'UTC', true), set_config('jit', 'off', true),
 		set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)`, wait); err != nil {
@@ -179,7 +181,7 @@ const batchRows = 5000 // at once, at most
 func (p Operator) change(ctx context.Context, s store, what selection, verb, query string, states ...string) error {
 	ids, named := what.ids, what.ids != nil
 	if what.states = states; !named {
-		err := p.query(s, selectSQL+"select id from found", what.args(nil), func(r *sql.Rows) error {
+		err := p.query(s, selectSQL+"select id from found", true, what.args(nil), func(r *sql.Rows) error {
 			ids = append(ids, 0)
 			return r.Scan(&ids[len(ids)-1])
 		})
@@ -192,14 +194,18 @@ func (p Operator) change(ctx context.Context, s store, what selection, verb, que
 	ids = slices.Compact(ids)
 	slices.Reverse(ids)
 	now, err := s.now()
-	became, waits, told := map[string][]int64{}, 0, time.Now()
+	became, waits, told, keys := map[string][]int64{}, 0, time.Now(), map[string]bool{}
 	var batch func(ids []int64) error
 	batch = func(ids []int64) error {
 		fates := map[string][]int64{}
-		err := p.query(s, query, []any{pq.Int64Array(ids), now, what.dry}, func(r *sql.Rows) error {
+		err := p.query(s, query, false, []any{pq.Int64Array(ids), now, what.dry}, func(r *sql.Rows) error {
 			var id int64
-			var fate string
-			err := r.Scan(&id, &fate)
+			var fate, key string
+			err := r.Scan(&id, &fate, &key)
+			if what.dry && key != "" && keys[key] {
+				fate = "key" // of a row that would have been done before
+			}
+			keys[key] = true
 			fates[fate] = append(fates[fate], id)
 			return err
 		})

@@ -6,6 +6,7 @@ done as (
 select r.id, case
 		when h.id is null then case when exists (select from {table} o where o.id = r.id) then 'locked' else 'missing' end
 		when h.state = 'failed' and not $3 and done.id is null then 'locked'
-		when h.state = 'failed' then 'done' when h.state = 'running' then 'running' else 'waiting' end
+		when h.state = 'failed' then 'done' when h.state = 'running' then 'running' else 'waiting' end,
+	''
 from unnest($1::bigint[]) r (id) left join held h on h.id = r.id left join done on done.id = r.id
 where $2::timestamptz is not null

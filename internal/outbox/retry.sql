@@ -1,4 +1,4 @@
--- Makes the rows $1 due at $2 that have failed or are to be tried again later, unless $3. It returns what became of each.
+-- Makes the rows $1 due at $2 that have failed or are to be tried again later, unless $3. It returns what became of each, and the key that it has now.
 with held as materialized (
 	select o.id, o.channel, o.key, o.schedule, {state} as state from {table} o where o.id = any($1::bigint[]) for update of o skip locked),
 judged as materialized (
@@ -18,6 +18,7 @@ done as (
 select r.id, case
 		when j.id is null then case when exists (select from {table} o where o.id = r.id) then 'locked' else 'missing' end
 		when j.goes and not $3 and done.id is null then 'locked'
-		when j.goes then 'done' when j.state = 'failed' then 'key' when j.state = 'running' then 'running' else 'waiting' end
+		when j.goes then 'done' when j.state = 'failed' then 'key' when j.state = 'running' then 'running' else 'waiting' end,
+	case when j.goes and j.state = 'failed' and j.key is not null and not j.run then json_build_array(j.channel, j.key)::text else '' end
 from unnest($1::bigint[]) r (id) left join judged j on j.id = r.id left join done on done.id = r.id
 where (select count(pg_notify(d.channel, '')) from (select distinct channel from done) d) >= 0
