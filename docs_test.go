@@ -96,6 +96,11 @@ func TestReadmeCommands(t *testing.T) {
 		p.cmd.Env = append(p.cmd.Env, env...)
 		return p.start(t)
 	}
+	// begin: outbox
+	onOutbox := func(t *testing.T, line string) {
+		sh(t, line, "OUTBOX_TABLE="+outboxTable(t, testkit.DB(t))).exit(t, 0, testkit.Patience)
+	}
+	// end: outbox
 	here := map[string]func(*testing.T, string){
 		"go build -o pglistener .": func(t *testing.T, line string) {
 			sh(t, strings.Replace(line, "-o pglistener", "-o "+filepath.Join(dir, "pglistener"), 1)).exit(t, 0, time.Minute)
@@ -121,6 +126,9 @@ func TestReadmeCommands(t *testing.T) {
 				t.Error(p.String())
 			}
 		},
+		"pglistener -outbox-list failed":  onOutbox,
+		"pglistener -outbox-retry orders": onOutbox,
+		"pglistener -outbox-purge -n all": onOutbox,
 		// end: outbox
 	}
 	var blocks [][]string

@@ -3,9 +3,11 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
+	"fmt" // feature: outbox
+	"io"  // feature: outbox
 	"log/slog"
 	"os"
+	"slices" // feature: outbox
 	"strings"
 	"time"
 
@@ -138,12 +140,13 @@ func featureCommands() []cli.Command {
 	return []cli.Command{
 		{Flags: "-check", Usage: "try everything once, print one line per check, exit with 0 or 1", Run: checkAll}, // feature: check
 		// begin: outbox
-		{Flags: "-outbox-schema", Usage: "print the SQL that makes OUTBOX_TABLE, for psql or a migration", Run: func(_ context.Context, e cli.Env) int {
-			if err := outbox.PrintSchema(e.Lookup, e.Stdout); err != nil {
-				return e.Fail(err, cli.Usage)
-			}
-			return cli.OK
-		}},
+		{Flags: "-outbox-schema", Usage: "print the SQL that makes OUTBOX_TABLE, for psql or a migration", Run: printSchema},
+		{Flags: "-outbox-list", Operands: "[failed|waiting|scheduled] [ID...|CHANNEL|all]",
+			Usage: "show rows of OUTBOX_TABLE, without payloads: as columns on a terminal, otherwise as lines of JSON", Run: operate(outbox.Operator.List)},
+		{Flags: "-outbox-retry", Operands: "[-n] ID...|CHANNEL|all",
+			Usage: "make rows due now that have failed or are to be tried again later; -n only says which", Run: operate(outbox.Operator.Retry)},
+		{Flags: "-outbox-purge", Operands: "[-n] ID...|CHANNEL|all",
+			Usage: "delete rows that have failed; -n only says which", Run: operate(outbox.Operator.Purge)},
 		{Flags: "-trigger", Operands: trigger.Operands, Usage: "print the SQL of a trigger that puts each change of TABLE into the outbox, for psql or a migration", Run: printTrigger},
 		// end: outbox
 		// begin: health
@@ -157,6 +160,72 @@ func featureCommands() []cli.Command {
 	}
 }
 
+// begin: outbox
+
+// outboxVariables reads the variables that a command about the outbox needs. What is wrong with others is no matter.
+func outboxVariables(e cli.Env, names ...string) (cfg *Config, ok bool) {
+	cfg, ok = &Config{}, true
+	problems := env.Decode(cfg, e.Lookup)
+	if name, err := env.CheckDSN(cfg.DatabaseURL, e.Lookup); err != nil {
+		problems = append(problems, fmt.Errorf("%s: %w", name, err))
+	}
+	for _, problem := range problems {
+		name, _, _ := strings.Cut(strings.Replace(problem.Error(), "_FILE:", ":", 1), ":")
+		if slices.Contains(names, name) {
+			names = slices.DeleteFunc(names, func(n string) bool { return n == name }) // one line a variable
+			e.Fail(problem, cli.Usage)
+			ok = false
+		}
+	}
+	return cfg, ok
+}
+
+func printSchema(_ context.Context, e cli.Env) int {
+	cfg, ok := outboxVariables(e, "OUTBOX_TABLE")
+	if !ok {
+		return cli.Usage
+	}
+	sql, err := outbox.Schema(cfg.Channel.Outbox.Table)
+	if err != nil {
+		return e.Fail(err, cli.Usage)
+	}
+	if _, err = io.WriteString(e.Stdout, sql); err != nil {
+		return e.Fail(err, cli.Failed)
+	}
+	return cli.OK
+}
+
+// operate makes a command of one that a person gives about rows.
+func operate(command func(outbox.Operator, context.Context) int) func(context.Context, cli.Env) int {
+	return func(ctx context.Context, e cli.Env) int {
+		cfg, ok := outboxVariables(e, "OUTBOX_TABLE", "PING_TIMEOUT", "DATABASE_URL", "PGSERVICE", "PG*")
+		if !ok {
+			return cli.Usage
+		}
+		return command(outbox.Operator{
+			DSN: cfg.dsn(), Table: cfg.Channel.Outbox.Table, Timeout: cfg.Listener.PingTimeout,
+			Operands: e.Operands, Stdout: e.Stdout, Stderr: e.Stderr,
+		}, ctx)
+	}
+}
+
+func printTrigger(_ context.Context, e cli.Env) int {
+	cfg, ok := outboxVariables(e, "PING_TIMEOUT", "DATABASE_URL", "PGSERVICE", "PG*")
+	options, wrong := trigger.Parse(e.Operands)
+	box, err := outbox.SQLName(cfg.Channel.Outbox.Table)
+	if wrong = errors.Join(wrong, err); wrong != nil {
+		return e.Fail(wrong, cli.Usage)
+	} else if !ok {
+		return cli.Usage
+	}
+	if err := trigger.Print(cfg.dsn(), cfg.Listener.PingTimeout, box, options, e.Stdout); err != nil {
+		return e.Fail(err, cli.Failed)
+	}
+	return cli.OK
+}
+
+// end: outbox
+
 // watch connects what watches l while it runs. ends are to be called when it has stopped.
 func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error) {
 	l.Beat, l.OnBeat = sdnotify.Start(l.Beat, lookup, p.log) // feature: sdnotify
@@ -164,41 +233,20 @@ func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error
 	end, err := health.Start(p.cfg.Features.Health, l, cli.Version(), p.log, p.lines)
 	ends = append(ends, end)
 	// end: health
+	// begin: schedule outbox
+	plain := map[string]string{} // doorbells without a schedule, with the table that may hold what is left of one
+	for _, r := range p.cfg.routes {
+		if s := p.cfg.perChannel[r.Channel]; r.Mode == "doorbell" && s.Schedule.Text == "" && env.IsSet(lookup, r.Channel, "OUTBOX_TABLE") {
+			plain[r.Channel] = s.Outbox.Table
+		}
+	}
+	if len(plain) > 0 && err == nil {
+		ends = append(ends, outbox.ForgetSchedules(p.cfg.dsn(), p.cfg.Listener.PingTimeout, plain, p.log))
+	}
+	// end: schedule outbox
 	return ends, err
 }
 
-// begin: outbox
-
-// printTrigger is the flag -trigger. It needs no other variables than these.
-func printTrigger(_ context.Context, e cli.Env) int {
-	var s struct {
-		DSN    string `env:"DATABASE_URL" file:"true"`
-		Outbox string `env:"OUTBOX_TABLE,default=outbox"`
-	}
-	options, err := trigger.Parse(e.Operands)
-	problems := append(env.Decode(&s, e.Lookup), err)
-	if len(problems) == 1 {
-		if name, err := env.CheckDSN(s.DSN, e.Lookup); err != nil {
-			problems = append(problems, fmt.Errorf("%s: %w", name, err))
-		}
-	}
-	box, err := outbox.SQLName(s.Outbox)
-	code := cli.OK
-	for _, err := range append(problems, err) {
-		if err != nil {
-			code = e.Fail(err, cli.Usage)
-		}
-	}
-	if code != cli.OK {
-		return code
-	}
-	if err := trigger.Print(env.WithDefaults(s.DSN, "pglistener"), 10*time.Second, box, options, e.Stdout); err != nil {
-		return e.Fail(err, cli.Failed)
-	}
-	return cli.OK
-}
-
-// end: outbox
 // begin: check
 
 // checkAll is the flag -check.

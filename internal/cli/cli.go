@@ -26,9 +26,11 @@ type Env struct {
 	Operands       []string // what follows the flag on the command line
 }
 
-// Fail prints err, in one line, and returns the exit code.
+// Fail prints err, a line for each of those that are joined in it, and returns the exit code.
 func (e Env) Fail(err error, code int) int {
-	fmt.Fprintln(e.Stderr, "pglistener:", err)
+	for line := range strings.Lines(err.Error()) {
+		fmt.Fprintln(e.Stderr, "pglistener:", strings.TrimSuffix(line, "\n"))
+	}
 	return code
 }
 

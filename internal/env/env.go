@@ -191,8 +191,11 @@ func (v Variable) find(lookup Lookuper, name string) (string, error) {
 func Unquote(value string) string {
 	value = strings.TrimSpace(value)
 	if n := len(value); n > 1 && (value[0] == '\'' || value[0] == '"') && value[n-1] == value[0] {
-		double := value[0] == '"'
-		if value = value[1 : n-1]; double {
+		double, inner := value[0] == '"', value[1:n-1]
+		if double && strings.Contains(strings.NewReplacer(`\\`, "", `\"`, "").Replace(inner), `"`) {
+			return value // as in "a"."b": no pair around the whole
+		}
+		if value = inner; double {
 			value = strings.NewReplacer(`\\`, `\`, `\"`, `"`, `\$`, `$`, "\\`", "`").Replace(value)
 		}
 	}

@@ -2,8 +2,14 @@ package outbox
 
 import (
 	"context"
+	"log/slog"
+	"time"
+
+	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 
 	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgconn"
 )
 
 // doorbell is a handler that runs when it is called, and by the schedule of a row of the outbox, so that replicas and restarts
@@ -25,7 +31,7 @@ func NewDoorbell(h notify.Handler, pool *Pool, options Options, setup notify.Set
 		return h.Handle(ctx, n)
 	}
 	own := setup
-	own.Channel = notify.Cut(setup.Channel, 54) + " schedule"
+	own.Channel = scheduleChannel(setup.Channel)
 	o, err := New(h, pool, options, own)
 	if err != nil {
 		return nil, err
@@ -36,3 +42,37 @@ func NewDoorbell(h notify.Handler, pool *Pool, options Options, setup notify.Set
 
 // Handle implements notify.Handler: the doorbell was rung.
 func (d doorbell) Handle(ctx context.Context, n notify.Notification) error { return d.handle(ctx, n) }
+
+// scheduleChannel is the channel of the row of a doorbell.
+func scheduleChannel(doorbell string) string { return notify.Cut(doorbell, 54) + " schedule" }
+
+// ForgetSchedules deletes the rows that are left of doorbells whose schedule was taken away; tables are by their channels. It
+// works on a goroutine of its own, which end waits for, and tries once: what is left over does no harm but a warning.
+func ForgetSchedules(dsn string, timeout time.Duration, tables map[string]string, log *slog.Logger) (end func()) {
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		db, err := pgconn.OpenDB(dsn, timeout)
+		if err != nil {
+			return // the listener says so
+		}
+		defer db.Close()
+		for channel, name := range tables {
+			t, err := parseTable(name)
+			if err != nil {
+				continue // it may be of no use to a doorbell
+			}
+			s := store{db: db, table: t, channel: scheduleChannel(channel), rights: "select, delete"}
+			err = s.keepSchedule(scheduleKey, "")
+			if err == nil || pq.As(err, pqerror.UndefinedTable, pqerror.InvalidSchemaName, pqerror.UndefinedColumn) != nil {
+				continue // nothing is left, or never was
+			}
+			log.Warn("could not look for what is left of a schedule that was taken away; delete the row of that key if there is one",
+				"channel", channel, "key", scheduleKey, "error", s.explain(err))
+			if pq.As(err) == nil {
+				return // the server is not there, and would not be for the others
+			}
+		}
+	}()
+	return func() { <-ended }
+}

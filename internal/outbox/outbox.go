@@ -142,8 +142,11 @@ func (o *Outbox) Handle(context.Context, notify.Notification) error {
 	return nil
 }
 
-// CatchUp wakes the drain: rows may have been inserted.
+// CatchUp wakes the drain: rows may have been inserted, and others may have changed what the figures say.
 func (o *Outbox) CatchUp(context.Context) error {
+	o.mu.Lock()
+	o.counts.changed = true
+	o.mu.Unlock()
 	o.poke()
 	return nil
 }

@@ -19,15 +19,15 @@ type counts struct {
 	counted   time.Time
 	took      time.Duration // the counting
 	heldBack  bool          // see Pool.findHolder
-	changed   bool          // since then, by this replica
+	changed   bool          // since then, by this replica, or perhaps by others
 }
 
 // countInterval is how old the counts of rows may be that this replica has changed.
 const countInterval = 15 * time.Second
 
 // count counts the rows, if it is time to, and returns when it is next: never sooner than a hundred times what it takes, so that
-// counting millions of rows costs the server a hundredth of one core; and not at all while nothing changes. The first count waits
-// until nothing is due: with a great backlog it takes long.
+// counting millions of rows costs the server a hundredth of one core; and not at all while nothing changes here, but for sweeps and,
+// unless there were no rows, probes. The first count waits until nothing is due: with a great backlog it takes long.
 func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 	o.mu.Lock()
 	c := &o.counts
@@ -176,7 +176,12 @@ func (o *Outbox) Verify() string { return o.store.table.sql(verify) }
 // Verified implements notify.Verifier.
 func (o *Outbox) Verified(err error) {
 	o.readable(err, "")
-	if err != nil {
+	o.mu.Lock()
+	c := &o.counts
+	stale := c.due+c.delayed+c.failed > 0 // an alert may hang on rows that another replica or a person has ended
+	c.changed = c.changed || stale
+	o.mu.Unlock()
+	if err != nil || stale {
 		o.poke() // the claimer tells the log, and finds out when it is mended
 	}
 }

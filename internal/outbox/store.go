@@ -24,6 +24,7 @@ type store struct {
 	owner   string        // what stands in lease: of this process and channel
 	lease   time.Duration // how long a claim lasts
 	bytes   int64         // of payloads that one claim takes
+	rights  string        // that the hint about a lack of rights names; "" is all
 }
 
 // place is a place in the order of rows, by the server's clock. The zero place is before all rows.

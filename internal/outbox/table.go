@@ -4,8 +4,8 @@ import (
 	"cmp"
 	_ "embed"
 	"fmt"
-	"io"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/lib/pq"
@@ -53,9 +53,10 @@ func parseTable(s string) (table, error) {
 		rest = rest[1:]
 	}
 	name := parts[len(parts)-1]
-	schema := ""
+	schema, usage := "", ""
 	if len(parts) == 2 {
 		schema = pq.QuoteIdentifier(parts[0]) + "."
+		usage = ", and usage on schema " + pq.QuoteIdentifier(parts[0])
 	}
 	// PostgreSQL would cut a name that is too long, perhaps to one that is taken.
 	with := func(suffix string) string {
@@ -71,8 +72,15 @@ func parseTable(s string) (table, error) {
 		"{change}", schema+with("_change"),
 		"{notify}", schema+with("_notify"),
 		"{trigger}", with("_notify"),
+		"{and usage}", usage,
+		"{state}", stateSQL,
+		"{kind}", "($1::text[] is null or array[case when o.failed_at is not null then 'failed' when o.schedule is null then 'waiting' else 'scheduled' end, "+stateSQL+"] && $1)",
 	)}, nil
 }
+
+// stateSQL is the state of a row o for a person. What is retried is a row that has failed and is to be tried again later.
+const stateSQL = `case when o.failed_at is not null then 'failed' when o.leased_until > now() then 'running' when o.run_at <= now() then 'due'
+	when o.attempts > 0 and o.last_error is not null then 'retrying' else 'later' end`
 
 // sql puts the names into a statement.
 func (t table) sql(query string) string { return t.replacer.Replace(query) }
@@ -98,22 +106,18 @@ func SQLName(name string) (string, error) {
 	return t.sql("{table}"), nil
 }
 
-// PrintSchema prints the SQL that makes the table of the environment. It needs no variable but OUTBOX_TABLE.
-func PrintSchema(lookup func(string) (string, bool), stdout io.Writer) error {
-	name, _ := lookup("OUTBOX_TABLE")
-	sql, err := Schema(name)
-	if err == nil {
-		_, err = io.WriteString(stdout, sql)
-	}
-	return err
-}
-
 // hint says how to mend what the server objects to.
 func (s store) hint(err error) string {
-	script := `OUTBOX_TABLE=` + s.table.name + ` pglistener -outbox-schema | psql "$DATABASE_URL"`
+	name := s.table.name
+	if strings.ContainsFunc(name, func(r rune) bool {
+		return !strings.ContainsRune("._", r) && !unicode.IsLetter(r) && !unicode.IsDigit(r)
+	}) {
+		name = "'" + strings.ReplaceAll(name, "'", `'\''`) + "'" // for the shell
+	}
+	script := `OUTBOX_TABLE=` + name + ` pglistener -outbox-schema | psql "$DATABASE_URL"`
 	switch {
 	case pq.As(err, pqerror.InsufficientPrivilege) != nil:
-		return s.table.sql("as its owner: grant select, insert, update, delete on {table} to the user in DATABASE_URL")
+		return s.table.sql("as its owner: grant " + cmp.Or(s.rights, "select, insert, update, delete") + " on {table} to the user in DATABASE_URL{and usage}")
 	case pq.As(err, pqerror.UndefinedTable, pqerror.UndefinedColumn, pqerror.InvalidSchemaName, pqerror.WrongObjectType, pqerror.FeatureNotSupported) == nil:
 		return pgconn.Advice(err)
 	}

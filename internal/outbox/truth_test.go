@@ -202,6 +202,48 @@ func TestFiguresAreRightWhenTheyAreRead(t *testing.T) {
 	figure(0, "pglistener_outbox_rows", "due")
 }
 
+// An alert may hang on rows that a person, or another replica, has ended: a replica that does nothing finds out too.
+func TestFiguresOfAnIdleReplicaFollow(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	r := run(t, config{table: tab, attempts: 1}, notify.HandlerFunc(func(context.Context, notify.Notification) error { return errors.New("no") }))
+	failed := func(want float64) {
+		t.Helper()
+		testkit.Eventually(t, fmt.Sprintf("the figure of failed rows is not %v", want), func() bool { return stat(r, "pglistener_outbox_rows", "failed") == want })
+	}
+	settled := func() { // counted, long ago, and nothing has been done here since
+		t.Helper()
+		testkit.Eventually(t, "never counted", func() bool { r.mu.Lock(); defer r.mu.Unlock(); return !r.counts.counted.IsZero() })
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.counts.counted, r.counts.changed = time.Now().Add(-time.Minute), false
+	}
+	insert(t, testkit.DB(t), tab, channel, "x")
+	failed(1)
+	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`"`)
+	settled()
+	r.Verified(nil) // the probe's second connection
+	failed(0)
+
+	testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, failed_at) values ($1, now())`, channel)
+	settled()
+	_ = r.CatchUp(t.Context()) // the sweep
+	failed(1)
+	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`"`)
+	settled()
+	_ = r.CatchUp(t.Context())
+	failed(0)
+
+	// With no rows, the probe's connection is enough.
+	settled()
+	r.Verified(nil)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.wake) > 0 || r.counts.changed {
+		t.Error("a probe has an idle outbox counted")
+	}
+}
+
 func (r *running) runs() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -280,7 +280,8 @@ func (o *Outbox) tally(r result, e ending) {
 		o.counts.gaveUp++
 		o.counts.failed++
 		o.counts.due = max(0, o.counts.due-1)
-		o.log.Error("gave up; the row stays in the outbox as failed", "id", r.id, "event", r.event, "attempts", r.attempts, "error", e.text)
+		o.log.Error("gave up; the row stays in the outbox as failed", "id", r.id, "event", r.event, "attempts", r.attempts, "error", e.text,
+			"retry", fmt.Sprint("pglistener -outbox-retry ", r.id))
 	case r.err != nil:
 		o.calls.Retried++
 		if _, known := o.health.retrying[r.id]; !known && len(o.health.retrying) < maxRetrying {

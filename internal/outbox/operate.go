@@ -1,0 +1,293 @@
+package outbox
+
+import (
+	"context"
+	"database/sql"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
+
+	"github.com/pglistener/pglistener/internal/pgconn"
+)
+
+// Operator is a person at the command line. Each of its methods is a command, which prints what it does and returns the exit
+// code: 0 when all is done, 1 when something is not, 2 when the operands make no sense.
+type Operator struct {
+	DSN, Table     string
+	Timeout        time.Duration // of every answer of the server
+	Operands       []string
+	Stdout, Stderr io.Writer
+}
+
+//go:embed select.sql
+var selectSQL string
+
+//go:embed retry.sql
+var retrySQL string
+
+//go:embed purge.sql
+var purgeSQL string
+
+// Retry makes rows due that have failed or are in backoff, and rings for them.
+func (p Operator) Retry(ctx context.Context) int {
+	return p.run(false, "select, update", func(s store, what selection) error {
+		return p.change(ctx, s, what, "due now: ", retrySQL, "failed", "retrying")
+	})
+}
+
+// Purge deletes rows that have failed.
+func (p Operator) Purge(ctx context.Context) int {
+	return p.run(false, "select, update, delete", func(s store, what selection) error {
+		return p.change(ctx, s, what, "deleted: ", purgeSQL, "failed")
+	})
+}
+
+// List shows rows without their payloads, which may be secret.
+func (p Operator) List(context.Context) int { return p.run(true, "select", p.list) }
+
+// errPartly ends a command of which everything has been said.
+var errPartly = errors.New("not all was done")
+
+func (p Operator) run(list bool, rights string, command func(store, selection) error) int {
+	what, err := parseSelection(p.Operands, list)
+	fail := func(text string, code int) int {
+		fmt.Fprintln(p.Stderr, "pglistener:", printable(text))
+		return code
+	}
+	if err != nil {
+		return fail(err.Error(), 2)
+	}
+	t, err := parseTable(p.Table)
+	if err != nil {
+		return fail("OUTBOX_TABLE: "+err.Error(), 2)
+	}
+	db, err := pgconn.OpenDB(p.DSN, p.Timeout)
+	if err != nil {
+		return fail("DATABASE_URL: "+err.Error(), 2)
+	}
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	s := store{db: db, table: t, rights: rights}
+	switch err := command(s, what); {
+	case err == nil:
+		return 0
+	case errors.Is(err, errPartly):
+		return 1
+	case pq.As(err, pqerror.LockNotAvailable) != nil:
+		return fail("an open transaction has locked the table; try again later", 1)
+	case pgconn.IsTimeout(err):
+		return fail(fmt.Sprintf("%v: the server did not answer within PING_TIMEOUT, which is %v; PING_TIMEOUT=1m waits longer", err, p.Timeout), 1)
+	default:
+		return fail(strings.ReplaceAll(s.explain(err).Error(), "\n", "; "), 1)
+	}
+}
+
+// selection is what operands ask for: the rows ids, or else those of a channel, or of all.
+type selection struct {
+	states  []string // nil is any
+	ids     []int64
+	channel *string // nil: all
+	dry     bool    // only show
+}
+
+// args are the arguments of select.sql.
+func (w selection) args(limit any) []any {
+	return []any{pq.StringArray(w.states), pq.Int64Array(w.ids), w.channel, limit}
+}
+
+// parseSelection reads [STATE] ID...|CHANNEL|all, of which only a list may have a state and may leave out the rest. Digits are an
+// id, and what follows channel= is always a channel. No error shows an operand: it may be a connection string.
+func parseSelection(operands []string, list bool) (what selection, err error) {
+	rest := slices.Clone(operands)
+	if list && len(rest) > 0 && slices.Contains([]string{"failed", "waiting", "scheduled"}, rest[0]) {
+		what.states, rest = rest[:1], rest[1:]
+	} else if !list {
+		rest = slices.DeleteFunc(rest, func(o string) bool { return o == "-n" })
+		what.dry = len(rest) < len(operands)
+	}
+	if list && len(rest) == 0 || len(rest) == 1 && rest[0] == "all" {
+		return what, nil
+	}
+	if len(rest) == 0 {
+		return what, errors.New("say which rows: ID..., CHANNEL or all; -outbox-list shows them")
+	}
+	for i, operand := range rest {
+		name, named := strings.CutPrefix(operand, "channel=")
+		id, bad := strconv.ParseInt(operand, 10, 64)
+		switch {
+		case operand != "" && strings.Trim(operand, "0123456789") == "":
+			if bad != nil {
+				return what, fmt.Errorf("operand %d is too large for an id", i+1)
+			}
+			what.ids = append(what.ids, id)
+		case list && what.states == nil && len(rest) == 2:
+			return what, errors.New("operand 1 is no state: those are failed, waiting and scheduled")
+		case len(rest) > 1:
+			return what, fmt.Errorf("operand %d is not the number of a row: several operands must all be, and a CHANNEL or all stands alone", i+1)
+		case name == "" || len(name) > pgconn.MaxIdentifier:
+			return what, fmt.Errorf("operand %d is no channel: a name has 1 to %d bytes", i+1, pgconn.MaxIdentifier)
+		case !named && (strings.HasPrefix(operand, "-") || strings.ContainsAny(operand, "=:@")):
+			return what, fmt.Errorf("operand %d is neither an id nor a simple name: write channel=NAME for a channel; the database is that of DATABASE_URL", i+1)
+		default:
+			what.channel = &name
+		}
+	}
+	return what, nil
+}
+
+// lockWait is how long a command waits for what an open transaction holds.
+const lockWait = 500 * time.Millisecond
+
+// query runs a statement in a transaction of its own, which waits for no lock for long, and calls each for its rows.
+func (p Operator) query(s store, query string, readOnly bool, args []any, each func(*sql.Rows) error) error {
+	tx, err := s.db.BeginTx(context.Background(), &sql.TxOptions{ReadOnly: readOnly})
+	if pq.As(err, pqerror.FeatureNotSupported) != nil {
+		return errors.New("the server is a standby, where rows can only be listed; DATABASE_URL must name the primary")
+	} else if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }() // of what is not committed
+	wait := strconv.FormatInt(max(1, min(lockWait, p.Timeout/2).Milliseconds()), 10)
+	// Nobody may have analyzed a table that is in trouble: the planner is not to guess that reading all of it is cheap.
+	if _, err = tx.Exec(`select set_config('lock_timeout', $1, true), set_config('timezone', 'UTC', true), set_config('jit', 'off', true),
+		set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)`, wait); err != nil {
+		return err
+	}
+	rows, err := tx.Query(s.table.sql(query), args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() && err == nil {
+		err = each(rows)
+	}
+	if err = errors.Join(err, rows.Err()); err != nil {
+		return err
+	}
+	return tx.Commit()
+}
+
+const batchRows = 5000 // at once, at most
+
+// chosen are the rows that what asks for, the newest first: of failed rows with one key it is the newest that counts.
+func (p Operator) chosen(s store, what selection) (ids []int64, err error) {
+	if ids = slices.Clone(what.ids); ids == nil {
+		err = p.query(s, selectSQL+"select id from found", true, what.args(nil), func(r *sql.Rows) error {
+			ids = append(ids, 0)
+			return r.Scan(&ids[len(ids)-1])
+		})
+	}
+	slices.Sort(ids)
+	ids = slices.Compact(ids)
+	slices.Reverse(ids)
+	return ids, err
+}
+
+// change does the command that query is to the rows of what that are in one of states.
+func (p Operator) change(ctx context.Context, s store, what selection, verb, query string, states ...string) error {
+	named := what.ids != nil
+	what.states = states
+	ids, err := p.chosen(s, what)
+	if err != nil {
+		return err
+	}
+	now, err := s.now()
+	became, waits, told, keys := map[string][]int64{}, 0, time.Now(), map[string]bool{}
+	var batch func(ids []int64) error
+	batch = func(ids []int64) error {
+		fates := map[string][]int64{}
+		err := p.query(s, query, false, []any{pq.Int64Array(ids), now, what.dry}, func(r *sql.Rows) error {
+			var id int64
+			var fate, key string
+			err := r.Scan(&id, &fate, &key)
+			if what.dry && key != "" && keys[key] {
+				fate = "key" // of a row that would have been done before
+			}
+			keys[key] = true
+			fates[fate] = append(fates[fate], id)
+			return err
+		})
+		if pq.As(err, pqerror.LockNotAvailable, pqerror.UniqueViolation) != nil {
+			// Somebody has written a key of these and not committed yet, or just so: go around that row.
+			if waits++; len(ids) == 1 || waits > 30 {
+				became["locked"] = append(became["locked"], ids...)
+				return nil
+			}
+			if err = batch(ids[:len(ids)/2]); err == nil {
+				err = batch(ids[len(ids)/2:])
+			}
+			return err
+		}
+		for fate, ids := range fates {
+			if err == nil {
+				became[fate] = append(became[fate], ids...)
+			}
+		}
+		return err
+	}
+	for n, rest := 100, ids; len(rest) > 0 && err == nil; {
+		if ctx.Err() != nil {
+			err = errors.New("interrupted; the same command goes on")
+			break
+		}
+		if time.Since(told) > 2*time.Second {
+			told = time.Now()
+			fmt.Fprintf(p.Stderr, "%d of %d\n", len(ids)-len(rest), len(ids))
+		}
+		// As many at once as the server does in a small part of the time limit.
+		began, part := time.Now(), rest[:min(n, len(rest))]
+		err, rest = batch(part), rest[len(part):]
+		if n *= 2; time.Since(began) > p.Timeout/20 {
+			n = max(n/4, 1)
+		}
+		n = min(n, batchRows)
+	}
+	if partly := p.tell(verb, what.dry, named, became); err == nil {
+		err = partly
+	}
+	return err
+}
+
+// tell says what became of rows.
+func (p Operator) tell(verb string, dry, named bool, became map[string][]int64) (err error) {
+	if dry {
+		verb = "would be " + verb
+	}
+	fmt.Fprintln(p.Stdout, verb+count(became["done"]))
+	for _, fate := range [][2]string{
+		{"locked", "skipped, an open transaction holds the row or its key; try again later"}, {"key", "skipped, another row has its key by now"},
+		{"running", "left alone, its handler is running"}, {"waiting", "left alone, it waits and has not failed"}, {"missing", "there is no such row"},
+	} {
+		if ids := became[fate[0]]; len(ids) > 0 && (named || fate[0] == "locked" || fate[0] == "key") {
+			fmt.Fprintln(p.Stderr, fate[1]+": "+count(ids))
+			if named || fate[0] == "locked" {
+				err = errPartly
+			}
+		}
+	}
+	return err
+}
+
+// count is how many ids there are, and the first of them.
+func count(ids []int64) string {
+	if len(ids) == 0 {
+		return "0 rows"
+	}
+	slices.Sort(ids)
+	text, more := fmt.Sprintf("%d rows, ids ", len(ids)), ""
+	if len(ids) == 1 {
+		text = "1 row, id "
+	}
+	if len(ids) > 20 {
+		ids, more = ids[:20], " ..."
+	}
+	return text + strings.Trim(fmt.Sprint(ids), "[]") + more
+}
