@@ -2,7 +2,6 @@ package outbox
 
 import (
 	"database/sql"
-	_ "embed"
 	"fmt"
 	"io"
 	"maps"
@@ -15,9 +14,6 @@ import (
 
 	"github.com/lib/pq"
 )
-
-//go:embed list.sql
-var listSQL string
 
 // How many rows are listed: what a person may look through, or what a program may want. Up to moreRows of a channel are counted
 // besides.

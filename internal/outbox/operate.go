@@ -3,7 +3,6 @@ package outbox
 import (
 	"context"
 	"database/sql"
-	_ "embed"
 	"errors"
 	"fmt"
 	"io"
@@ -26,15 +25,6 @@ type Operator struct {
 	Operands       []string
 	Stdout, Stderr io.Writer
 }
-
-//go:embed select.sql
-var selectSQL string
-
-//go:embed retry.sql
-var retrySQL string
-
-//go:embed purge.sql
-var purgeSQL string
 
 // Retry makes rows due that have failed or are in backoff, and rings for them.
 func (p Operator) Retry(ctx context.Context) int {

@@ -171,7 +171,7 @@ func (o *Outbox) begins() {
 }
 
 // Verify implements notify.Verifier.
-func (o *Outbox) Verify() string { return o.store.table.sql(verify) }
+func (o *Outbox) Verify() string { return o.store.table.sql(verifySQL) }
 
 // Verified implements notify.Verifier.
 func (o *Outbox) Verified(err error) {

@@ -2,7 +2,6 @@ package outbox
 
 import (
 	"cmp"
-	_ "embed"
 	"fmt"
 	"strings"
 	"unicode"
@@ -84,9 +83,6 @@ const stateSQL = `case when o.failed_at is not null then 'failed' when o.leased_
 
 // sql puts the names into a statement.
 func (t table) sql(query string) string { return t.replacer.Replace(query) }
-
-//go:embed schema.sql
-var schemaSQL string
 
 // Schema returns the SQL that makes a table, given as in OUTBOX_TABLE; "" is outbox.
 func Schema(name string) (string, error) {

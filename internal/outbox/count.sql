@@ -1,0 +1,5 @@
+-- How many rows of channel $1 are due and delayed, since when the oldest is due, and how many have failed.
+select count(*) filter (where run_at <= now()), count(*) filter (where run_at > now()),
+	extract(epoch from min(run_at) filter (where run_at <= now()))::float8,
+	(select count(*) from {table} where channel = $1 and failed_at is not null)
+from {table} where channel = $1 and failed_at is null
