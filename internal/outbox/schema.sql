@@ -49,10 +49,10 @@ create index if not exists {failed} on {table} (channel, failed_at) where failed
 create unique index if not exists {key} on {table} (channel, key) where failed_at is null;
 
 -- One NOTIFY per statement and channel, because NOTIFY serializes commits; without a
--- payload, because the row is the truth.
+-- payload, because the row is the truth. None for the channels that are the trigger's arguments: they are swept.
 create or replace function {notify}() returns trigger language plpgsql as $$
 begin
-	perform pg_notify(channel, '') from (select distinct channel from inserted) channels;
+	perform pg_notify(channel, '') from (select distinct channel from inserted where channel <> all (coalesce(tg_argv, '{}'))) channels;
 	return null;
 end $$;
 
