@@ -126,8 +126,8 @@ func featureCommands() []cli.Command {
 	return []cli.Command{
 		{Flags: "-check", Usage: "try everything once, print one line per check, exit with 0 or 1", Run: checkAll}, // feature: check
 		// begin: outbox
-		{Flags: "-outbox-schema", Usage: "print the SQL that makes OUTBOX_TABLE, for psql or a migration", Run: func(_ context.Context, e cli.Env) int {
-			if err := outbox.PrintSchema(e.Lookup, e.Stdout); err != nil {
+		{Flags: "-outbox-schema", Operands: "[CHANNEL...]", Usage: "print the SQL that makes OUTBOX_TABLE, for psql or a migration; inserts on these channels do not NOTIFY", Run: func(_ context.Context, e cli.Env) int {
+			if err := outbox.PrintSchema(e.Lookup, e.Operands, e.Stdout); err != nil {
 				return e.Fail(err, cli.Usage)
 			}
 			return cli.OK

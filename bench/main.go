@@ -325,8 +325,8 @@ func (b *bench) latency() error {
 }
 
 // fill makes the outbox anew with n rows that are due, on channel bench.
-func (b *bench) fill(n int) error {
-	schema, err := exec.Command(b.program, "-outbox-schema").Output()
+func (b *bench) fill(n int, swept ...string) error {
+	schema, err := exec.Command(b.program, append([]string{"-outbox-schema"}, swept...)...).Output()
 	if err != nil {
 		return err
 	}

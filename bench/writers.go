@@ -12,10 +12,6 @@ import (
 	"github.com/pglistener/pglistener/internal/pgtest"
 )
 
-// sweepTrigger is what docs/outbox.md has for a channel that is swept and not notified.
-const sweepTrigger = `create or replace trigger outbox_notify after insert on outbox
-	referencing new table as inserted for each statement execute function outbox_notify('bench')`
-
 // Rows that carry the time of their insertion, for how late they are begun.
 const timedInsert = `insert into outbox (channel, payload) values ('bench', 't' || (extract(epoch from clock_timestamp()) * 1e9)::bigint);`
 
@@ -25,17 +21,13 @@ func (b *bench) writers() error {
 		rates := map[string][]float64{}
 		for range 3 {
 			for _, c := range []struct {
-				name, trigger string
-				interval      string // CATCH_UP_INTERVAL; empty: nobody listens
-			}{
-				{"alone", "drop trigger outbox_notify on outbox", ""},
-				{"notified", "", "5m"},
-				{"swept", sweepTrigger, "20ms"},
-			} {
-				if c.interval != "" && c.name == "swept" && clients < 32 {
+				name, interval string // CATCH_UP_INTERVAL; empty: nobody listens
+				swept          []string
+			}{{"alone", "", nil}, {"notified", "5m", nil}, {"swept", "20ms", []string{"bench"}}} {
+				if c.name == "swept" && clients < 32 {
 					continue
 				}
-				r, err := b.write(clients, c.trigger, c.interval)
+				r, err := b.write(clients, c.interval, c.swept...)
 				if err != nil {
 					return err
 				}
@@ -52,16 +44,15 @@ func (b *bench) writers() error {
 }
 
 // write returns how many rows a second so many clients insert in a few seconds, each in a transaction of its own.
-func (b *bench) write(clients int, trigger, interval string) (float64, error) {
-	if err := b.fill(0); err != nil {
+func (b *bench) write(clients int, interval string, swept ...string) (float64, error) {
+	if err := b.fill(0, swept...); err != nil {
 		return 0, err
 	}
-	if trigger != "" {
-		if err := b.exec(trigger); err != nil {
+	if interval == "" {
+		if err := b.exec("drop trigger outbox_notify on outbox"); err != nil {
 			return 0, err
 		}
-	}
-	if interval != "" {
+	} else {
 		s, err := b.startSide(benchside.Task{Side: "ours", Channels: []string{"bench"}, N: -1, Workers: 10, Interval: interval})
 		if err != nil {
 			return 0, err
@@ -95,10 +86,7 @@ func (b *bench) write(clients int, trigger, interval string) (float64, error) {
 
 // late: how long after its insertion a row is begun that nobody is notified of.
 func (b *bench) late() error {
-	if err := b.fill(0); err != nil {
-		return err
-	}
-	if err := b.exec(sweepTrigger); err != nil {
+	if err := b.fill(0, "bench"); err != nil {
 		return err
 	}
 	const rows = 1000

@@ -80,19 +80,27 @@ func (t table) sql(query string) string { return t.replacer.Replace(query) }
 //go:embed schema.sql
 var schemaSQL string
 
-// Schema returns the SQL that makes a table, given as in OUTBOX_TABLE; "" is outbox.
-func Schema(name string) (string, error) {
+// Schema returns the SQL that makes a table, given as in OUTBOX_TABLE; "" is outbox. Rows of the swept channels are inserted
+// without a NOTIFY.
+func Schema(name string, swept ...string) (string, error) {
 	t, err := parseTable(cmp.Or(name, "outbox"))
 	if err != nil {
 		return "", fmt.Errorf("OUTBOX_TABLE: %w", err)
 	}
-	return t.sql(schemaSQL), nil
+	var literals []string
+	for i, channel := range swept {
+		if len(channel) < 1 || len(channel) > 63 {
+			return "", fmt.Errorf("operand %d of -outbox-schema is no name of a channel: those have 1 to 63 bytes", i+1)
+		}
+		literals = append(literals, pq.QuoteLiteral(channel))
+	}
+	return strings.ReplaceAll(t.sql(schemaSQL), "{swept}", strings.Join(literals, ", ")), nil
 }
 
 // PrintSchema prints the SQL that makes the table of the environment. It needs no variable but OUTBOX_TABLE.
-func PrintSchema(lookup func(string) (string, bool), stdout io.Writer) error {
+func PrintSchema(lookup func(string) (string, bool), swept []string, stdout io.Writer) error {
 	name, _ := lookup("OUTBOX_TABLE")
-	sql, err := Schema(name)
+	sql, err := Schema(name, swept...)
 	if err == nil {
 		_, err = io.WriteString(stdout, sql)
 	}
