@@ -181,14 +181,17 @@ func TestSweptChannelDoesNotNotify(t *testing.T) {
 			t.Errorf("heard %v, not %v", got, channels)
 		}
 	}
-	both := `insert into "` + tab + `" (channel, key, payload) values ($1, 'k', $3), ($2, 'k', $3)
+	both := `insert into "` + tab + `" (channel, key, payload) values ($1, $4, $3), ($2, $4, $3)
 		on conflict (channel, key) where failed_at is null do update set payload = excluded.payload`
-	testkit.Exec(t, db, both, swept, rung, "inserted")
+	testkit.Exec(t, db, both, swept, rung, "inserted", "k")
 	hears(rung)
-	testkit.Exec(t, db, both, swept, rung, "updated")
+	testkit.Exec(t, db, both, swept, rung, "updated", "k")
 	hears(rung)
 	schema()
-	testkit.Exec(t, db, both, swept, rung, "again")
+	testkit.Exec(t, db, both, swept, rung, "updated again", "k")
+	hears(rung, swept)
+	testkit.Exec(t, db, `delete from "`+tab+`"`)
+	testkit.Exec(t, db, both, swept, rung, "again", "k")
 	hears(rung, swept)
 	schema(swept)
 
