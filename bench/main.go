@@ -71,7 +71,7 @@ var rows = []row{
 	{"latency", (*bench).latency},
 	{"outbox", (*bench).outbox},
 	{"graphile", (*bench).graphile},
-	{"webhook", (*bench).webhook},
+	{"webhook", (*bench).webhook}, // feature: webhook
 	{"claim", (*bench).claim},
 	{"size", (*bench).size},
 	{"start", (*bench).start},

@@ -27,8 +27,10 @@ func runSide(t benchside.Task) error {
 		return barePGX(t)
 	case "pgxlisten":
 		return pgxListen(t)
+	// begin: webhook
 	case "http":
 		return bareHTTP(t)
+	// end: webhook
 	default:
 		return runRiver(t)
 	}

@@ -1,3 +1,5 @@
+// feature: webhook
+
 package main
 
 import (

@@ -20,13 +20,13 @@ const Env = "PGLISTENER_BENCH"
 
 // Task is what a side is to do.
 type Task struct {
-	Side     string // ours, lib/pq, pgx, pgxlisten, river, http
+	Side     string // ours, or the name of a peer
 	DSN      string
 	Channels []string      // to hear; or the one channel of the outbox
 	N        int           // how many notifications or jobs there will be
 	Workers  int           // of the outbox or of River; 0: this is about notifications
 	Work     time.Duration // what each takes
-	URL      string        // of the receiver
+	URL      string        // feature: webhook
 	Poll     time.Duration // how often River polls; 0 is its shortest
 	Interval string        // CATCH_UP_INTERVAL; empty: its default
 	Each     bool          // print a Result for each payload that carries its time, and never end
