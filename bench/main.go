@@ -32,11 +32,8 @@ import (
 
 func main() {
 	if task, ok := benchside.FromEnv(); ok {
-		if err := runSide(task); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		return
+		fmt.Fprintln(os.Stderr, runSide(task)) // it exits by itself when it is done
+		os.Exit(1)
 	}
 	if len(os.Args) < 3 {
 		fmt.Fprintln(os.Stderr, "usage: bench PATH-OF-PGLISTENER PATH-OF-ITS-TEST-BINARY [ROW...]")
