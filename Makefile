@@ -57,7 +57,7 @@ tools:
 	@sh internal/pgtest/install.sh all
 # begin: outbox
 
-# Against lib/pq's bare loop, pgx and River; about 15 minutes. ROWS="latency claim" runs some only.
+# Against lib/pq's bare loop, pgx, River, graphile-worker and net/http; about 25 minutes. ROWS="latency claim" runs some only.
 bench: postgres build
 	@go test -c -o bin/pglistener.test .
 	@cd bench && go build -o ../bin/bench .

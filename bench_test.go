@@ -39,6 +39,9 @@ func benchMain() {
 	if t.Workers > 0 {
 		v["CHANNELS"], v["CONCURRENCY"] = t.Channels[0]+"=outbox:bench", fmt.Sprint(t.Workers)
 	}
+	if t.Interval != "" {
+		v["CATCH_UP_INTERVAL"] = t.Interval
+	}
 	l := benchListener(v, handler)
 	if t.Workers > 0 {
 		benchside.Ready()

@@ -140,7 +140,7 @@ func featureCommands() []cli.Command {
 	return []cli.Command{
 		{Flags: "-check", Usage: "try everything once, print one line per check, exit with 0 or 1", Run: checkAll}, // feature: check
 		// begin: outbox
-		{Flags: "-outbox-schema", Usage: "print the SQL that makes OUTBOX_TABLE, for psql or a migration", Run: printSchema},
+		{Flags: "-outbox-schema", Operands: "[CHANNEL...]", Usage: "print the SQL that makes OUTBOX_TABLE, for psql or a migration; inserts on these channels do not NOTIFY", Run: printSchema},
 		{Flags: "-outbox-list", Operands: "[failed|waiting|scheduled] [ID...|CHANNEL|all]",
 			Usage: "show rows of OUTBOX_TABLE, without payloads: as columns on a terminal, otherwise as lines of JSON", Run: operate(outbox.Operator.List)},
 		{Flags: "-outbox-retry", Operands: "[-n] ID...|CHANNEL|all",
@@ -185,7 +185,7 @@ func printSchema(_ context.Context, e cli.Env) int {
 	if !ok {
 		return cli.Usage
 	}
-	sql, err := outbox.Schema(cfg.Channel.Outbox.Table)
+	sql, err := outbox.Schema(cfg.Channel.Outbox.Table, e.Operands...)
 	if err != nil {
 		return e.Fail(err, cli.Usage)
 	}

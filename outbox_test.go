@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"database/sql"
+	"slices"
 	"strconv"
 	"sync"
 	"testing"
@@ -145,11 +146,82 @@ func TestOutboxBehindTransactionPooler(t *testing.T) {
 	}
 }
 
+// TestSweptChannelDoesNotNotify: a channel named to -outbox-schema is found by sweeping, and its writers take no part in NOTIFY.
+func TestSweptChannelDoesNotNotify(t *testing.T) {
+	t.Parallel()
+	db, tab := testkit.DB(t), outboxTable(t, testkit.DB(t))
+	swept, rung := tab+"_s", tab+"_r"
+	schema := func(channels ...string) {
+		t.Helper()
+		text, err := outbox.Schema(tab, channels...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		testkit.Exec(t, db, text)
+	}
+	schema("another", swept)
+	ears := start(t, fast(testkit.DSN(t), swept+"=test,"+rung+"=test"), nil).listening(t)
+	hears := func(channels ...string) {
+		t.Helper()
+		testkit.Exec(t, db, "select pg_notify($1, 'end'), pg_notify($2, 'end')", rung, swept) // what was to come has come before it
+		var got []string
+		for ends := 0; ends < 2; {
+			select {
+			case n := <-ears.heard:
+				if n.Payload == "end" {
+					ends++
+				} else {
+					got = append(got, n.Channel)
+				}
+			case <-time.After(testkit.Patience):
+				t.Fatal("the end was not heard")
+			}
+		}
+		if slices.Sort(got); !slices.Equal(got, channels) {
+			t.Errorf("heard %v, not %v", got, channels)
+		}
+	}
+	both := `insert into "` + tab + `" (channel, key, payload) values ($1, $4, $3), ($2, $4, $3)
+		on conflict (channel, key) where failed_at is null do update set payload = excluded.payload`
+	testkit.Exec(t, db, both, swept, rung, "inserted", "k")
+	hears(rung)
+	testkit.Exec(t, db, both, swept, rung, "updated", "k")
+	hears(rung)
+	schema()
+	testkit.Exec(t, db, both, swept, rung, "updated again", "k")
+	hears(rung, swept)
+	testkit.Exec(t, db, `delete from "`+tab+`"`)
+	testkit.Exec(t, db, both, swept, rung, "again", "k")
+	hears(rung, swept)
+	schema(swept)
+
+	begun := make(chan string, 100)
+	start(t, fast(testkit.DSN(t), swept+"=outbox:note", vars{"OUTBOX_TABLE": tab, strings.ToUpper(swept) + "_CATCH_UP_INTERVAL": "20ms"}), with("note",
+		notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+			begun <- n.Payload
+			return nil
+		}))).listening(t)
+	for _, payload := range []string{"again", "a", "b", "c", "d", "e"} {
+		if payload != "again" {
+			insert(t, db, tab, swept, payload)
+		}
+		select {
+		case got := <-begun:
+			if got != payload {
+				t.Errorf("%s, not %s", got, payload)
+			}
+		case <-time.After(testkit.Patience): // 40 ms on a calm machine: make bench says so
+			t.Fatalf("%s was not begun", payload)
+		}
+	}
+	hears()
+}
+
 func TestOutboxSchemaFlag(t *testing.T) {
 	t.Parallel()
-	print := func(table string) (code int, stdout, stderr string) {
+	print := func(table string, swept ...string) (code int, stdout, stderr string) {
 		var out, err bytes.Buffer
-		code = run(t.Context(), []string{"-outbox-schema"}, cli.Env{Lookup: vars{"OUTBOX_TABLE": table, "CONCURRENCY": "wrong"}.lookup, Stdout: &out, Stderr: &err})
+		code = run(t.Context(), append([]string{"-outbox-schema"}, swept...), cli.Env{Lookup: vars{"OUTBOX_TABLE": table, "CONCURRENCY": "wrong"}.lookup, Stdout: &out, Stderr: &err})
 		return code, out.String(), err.String()
 	}
 	want, err := outbox.Schema(`app."my.outbox"`)
@@ -158,6 +230,12 @@ func TestOutboxSchemaFlag(t *testing.T) {
 	}
 	if code, out, _ := print(`app."my.outbox"`); code != cli.OK || out != want {
 		t.Errorf("%d %s", code, out)
+	}
+	if code, out, err := print("", "clicks", "it's"); code != cli.OK || strings.Count(out, "('clicks', 'it''s');") != 2 {
+		t.Errorf("%d %s %s", code, out, err)
+	}
+	if code, out, err := print("", "clicks", strings.Repeat("long ", 13)); code != cli.Usage || out != "" || !strings.Contains(err, "operand 2 of -outbox-schema") || strings.Contains(err, "long") {
+		t.Errorf("%d %s %s", code, out, err)
 	}
 	if code, out, err := print("a.b.c"); code != cli.Usage || out != "" || !strings.Contains(err, `OUTBOX_TABLE: "a.b.c" is not a table name`) {
 		t.Errorf("%d %s %s", code, out, err)

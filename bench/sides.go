@@ -1,12 +1,15 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/jackc/pgxlisten"
 	"github.com/lib/pq"
 	"github.com/riverqueue/river"
 	"github.com/riverqueue/river/riverdriver/riverpgxv5"
@@ -22,6 +25,12 @@ func runSide(t benchside.Task) error {
 		return barePQ(t)
 	case "pgx":
 		return barePGX(t)
+	case "pgxlisten":
+		return pgxListen(t)
+	// begin: webhook
+	case "http":
+		return bareHTTP(t)
+	// end: webhook
 	default:
 		return runRiver(t)
 	}
@@ -75,8 +84,45 @@ func barePGX(t benchside.Task) error {
 	return nil
 }
 
+// pgxListen is github.com/jackc/pgxlisten, as its documentation shows it.
+func pgxListen(t benchside.Task) error {
+	ctx := context.Background()
+	c := benchside.NewCounter(t)
+	l := &pgxlisten.Listener{Connect: func(ctx context.Context) (*pgx.Conn, error) { return pgx.Connect(ctx, t.DSN) }}
+	left := len(t.Channels)
+	handler := &backlogHandler{count: c, last: func() {
+		if left--; left == 0 {
+			benchside.Ready() // it has no other way to say that it listens
+		}
+	}}
+	for _, channel := range t.Channels {
+		l.Handle(channel, handler)
+	}
+	go func() { _ = l.Listen(ctx) }()
+	c.Finish()
+	return nil
+}
+
+// backlogHandler is called for each channel when it is listened to, and for each notification.
+type backlogHandler struct {
+	count *benchside.Counter
+	last  func()
+}
+
+func (h *backlogHandler) HandleBacklog(context.Context, string, *pgx.Conn) error {
+	h.last()
+	return nil
+}
+
+func (h *backlogHandler) HandleNotification(_ context.Context, n *pgconn.Notification, _ *pgx.Conn) error {
+	h.count.Count(n.Payload)
+	return nil
+}
+
 // noopArgs is a job that does nothing.
-type noopArgs struct{}
+type noopArgs struct {
+	Payload string `json:"payload,omitempty"`
+}
 
 func (noopArgs) Kind() string { return "noop" }
 
@@ -85,8 +131,8 @@ type noopWorker struct {
 	counter *benchside.Counter
 }
 
-func (w *noopWorker) Work(context.Context, *river.Job[noopArgs]) error {
-	w.counter.Count("")
+func (w *noopWorker) Work(_ context.Context, job *river.Job[noopArgs]) error {
+	w.counter.Count(job.Args.Payload)
 	return nil
 }
 
@@ -104,7 +150,7 @@ func runRiver(t benchside.Task) error {
 		Queues:            map[string]river.QueueConfig{river.QueueDefault: {MaxWorkers: t.Workers}},
 		Workers:           workers,
 		FetchCooldown:     time.Millisecond,
-		FetchPollInterval: time.Millisecond,
+		FetchPollInterval: cmp.Or(t.Poll, time.Millisecond),
 		Logger:            slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
@@ -118,24 +164,34 @@ func runRiver(t benchside.Task) error {
 	return nil
 }
 
+// riverClient inserts. A longer cooldown would hold its notifications back.
+func riverClient(pool *pgxpool.Pool) (*river.Client[pgx.Tx], error) {
+	return river.NewClient(riverpgxv5.New(pool), &river.Config{FetchCooldown: time.Millisecond, Logger: slog.New(slog.DiscardHandler)})
+}
+
+// insertRiver inserts n jobs of one payload in one statement.
+func insertRiver(ctx context.Context, client *river.Client[pgx.Tx], payload string, n int) error {
+	batch := make([]river.InsertManyParams, n)
+	for i := range batch {
+		batch[i].Args = noopArgs{payload}
+	}
+	_, err := client.InsertManyFast(ctx, batch)
+	return err
+}
+
 // fillRiver makes River's tables, empty, and inserts n jobs.
 func fillRiver(ctx context.Context, pool *pgxpool.Pool, n int) error {
 	if _, err := pool.Exec(ctx, "truncate river_job"); err != nil {
 		return err
 	}
-	client, err := river.NewClient(riverpgxv5.New(pool), &river.Config{})
+	client, err := riverClient(pool)
 	if err != nil {
 		return err
 	}
-	for n > 0 {
-		batch := make([]river.InsertManyParams, min(n, 10_000))
-		for i := range batch {
-			batch[i].Args = noopArgs{}
-		}
-		if _, err := client.InsertManyFast(ctx, batch); err != nil {
+	for ; n > 0; n -= 10_000 {
+		if err := insertRiver(ctx, client, "", min(n, 10_000)); err != nil {
 			return err
 		}
-		n -= len(batch)
 	}
 	_, err = pool.Exec(ctx, "vacuum analyze river_job")
 	return err

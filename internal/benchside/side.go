@@ -20,18 +20,23 @@ const Env = "PGLISTENER_BENCH"
 
 // Task is what a side is to do.
 type Task struct {
-	Side     string // ours, lib/pq, pgx, river
+	Side     string // ours, or the name of a peer
 	DSN      string
 	Channels []string      // to hear; or the one channel of the outbox
 	N        int           // how many notifications or jobs there will be
 	Workers  int           // of the outbox or of River; 0: this is about notifications
 	Work     time.Duration // what each takes
+	URL      string        // feature: webhook
+	Poll     time.Duration // how often River polls; 0 is its shortest
+	Interval string        // CATCH_UP_INTERVAL; empty: its default
+	Each     bool          // print a Result for each payload that carries its time, and never end
 }
 
 // Result is what a side has seen.
 type Result struct {
 	Seconds        float64 // from the first to the last
 	P50, P99, P999 float64 // seconds from NOTIFY to handler, when payloads carry their time
+	Max            float64 // likewise, the latest
 	RateFirst      float64 // per second, in the first tenth of the time and in the last
 	RateLast       float64
 }
@@ -78,9 +83,14 @@ func (c *Counter) Count(payload string) {
 	c.n++
 	if timed {
 		sent, _ := strconv.ParseInt(payload[1:], 10, 64)
-		c.late = append(c.late, time.Since(time.Unix(0, sent)).Seconds())
+		late := time.Since(time.Unix(0, sent)).Seconds()
+		if c.task.Each {
+			_ = json.NewEncoder(os.Stdout).Encode(Result{Max: late})
+			return
+		}
+		c.late = append(c.late, late)
 	}
-	if c.task.Workers > 0 {
+	if c.task.Workers > 0 && !c.task.Each {
 		second := int(time.Since(c.first) / time.Second)
 		for len(c.perSecond) <= second {
 			c.perSecond = append(c.perSecond, 0)
@@ -106,7 +116,7 @@ func (c *Counter) Finish() {
 	if len(c.late) > 0 {
 		slices.Sort(c.late)
 		at := func(q float64) float64 { return c.late[min(len(c.late)-1, int(q*float64(len(c.late))))] }
-		r.P50, r.P99, r.P999 = at(0.5), at(0.99), at(0.999)
+		r.P50, r.P99, r.P999, r.Max = at(0.5), at(0.99), at(0.999), at(1)
 	}
 	if tenth := len(c.perSecond) / 10; tenth > 0 {
 		sum := func(s []int) (n float64) {

@@ -49,16 +49,17 @@ create index if not exists {failed} on {table} (channel, failed_at) where failed
 create unique index if not exists {key} on {table} (channel, key) where failed_at is null;
 
 -- One NOTIFY per statement and channel, because NOTIFY serializes commits; without a
--- payload, because the row is the truth.
+-- payload, because the row is the truth. None for the
+-- channels that are the trigger's arguments: their rows are found by sweeping.
 create or replace function {notify}() returns trigger language plpgsql as $$
 begin
-	perform pg_notify(channel, '') from (select distinct channel from inserted) channels;
+	perform pg_notify(channel, '') from (select distinct channel from inserted where channel <> all (coalesce(tg_argv, '{}'))) channels;
 	return null;
 end $$;
 
 create or replace trigger {trigger} after insert on {table}
 	referencing new table as inserted
-	for each statement execute function {notify}();
+	for each statement execute function {notify}({swept});
 
 -- A changed payload or schedule is a new event, and an upsert that updates has no inserted rows to
 -- ring for. Neither claims nor results fire it.
@@ -73,7 +74,7 @@ begin
 		new.attempts := -1;
 		new.run_at := least(new.run_at, now());
 	end if;
-	if new.failed_at is null then
+	if new.failed_at is null and new.channel <> all (coalesce(tg_argv, '{}')) then
 		perform pg_notify(new.channel, '');
 	end if;
 	return new;
@@ -82,6 +83,6 @@ end $$;
 create or replace trigger {schedule} before insert on {table}
 	for each row when (new.schedule is not null) execute function {change}();
 create or replace trigger {touch} before update of payload, schedule on {table}
-	for each row execute function {change}();
+	for each row execute function {change}({swept});
 
 reset lock_timeout;

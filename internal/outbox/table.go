@@ -84,13 +84,21 @@ const stateSQL = `case when o.failed_at is not null then 'failed' when o.leased_
 // sql puts the names into a statement.
 func (t table) sql(query string) string { return t.replacer.Replace(query) }
 
-// Schema returns the SQL that makes a table, given as in OUTBOX_TABLE; "" is outbox.
-func Schema(name string) (string, error) {
+// Schema returns the SQL that makes a table, given as in OUTBOX_TABLE; "" is outbox. Rows of the swept channels are inserted
+// without a NOTIFY.
+func Schema(name string, swept ...string) (string, error) {
 	t, err := parseTable(cmp.Or(name, "outbox"))
 	if err != nil {
 		return "", fmt.Errorf("OUTBOX_TABLE: %w", err)
 	}
-	return t.sql(schemaSQL), nil
+	var literals []string
+	for i, channel := range swept {
+		if len(channel) < 1 || len(channel) > 63 {
+			return "", fmt.Errorf("operand %d of -outbox-schema is no name of a channel: those have 1 to 63 bytes", i+1)
+		}
+		literals = append(literals, pq.QuoteLiteral(channel))
+	}
+	return strings.ReplaceAll(t.sql(schemaSQL), "{swept}", strings.Join(literals, ", ")), nil
 }
 
 // SQLName returns a table, given as in OUTBOX_TABLE, as SQL writes it.

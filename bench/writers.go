@@ -1,0 +1,111 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/pglistener/pglistener/internal/benchside"
+	"github.com/pglistener/pglistener/internal/pgtest"
+)
+
+// Rows that carry the time of their insertion, for how late they are begun.
+const timedInsert = `insert into outbox (channel, payload) values ('bench', 't' || (extract(epoch from clock_timestamp()) * 1e9)::bigint);`
+
+// writers: what NOTIFY's commit lock costs those who write, and what is left of that when the channel is swept instead.
+func (b *bench) writers() error {
+	for _, clients := range []int{1, 8, 32} {
+		rates := map[string][]float64{}
+		for range 3 {
+			for _, c := range []struct {
+				name, interval string // CATCH_UP_INTERVAL; empty: nobody listens
+				swept          []string
+			}{{"alone", "", nil}, {"notified", "5m", nil}, {"swept", "20ms", []string{"bench"}}} {
+				if c.name == "swept" && clients < 32 {
+					continue
+				}
+				r, err := b.write(clients, c.interval, c.swept...)
+				if err != nil {
+					return err
+				}
+				rates[c.name] = append(rates[c.name], r)
+			}
+		}
+		name := fmt.Sprintf("inserts by %d clients", clients)
+		b.compare(name+", handled as they come, against no trigger and no listener", rates["notified"], rates["alone"], 0)
+		if clients == 32 {
+			b.compare(name+", swept every 20 ms, against no trigger and no listener", rates["swept"], rates["alone"], 0.9)
+		}
+	}
+	return b.late()
+}
+
+// write returns how many rows a second so many clients insert in a few seconds, each in a transaction of its own.
+func (b *bench) write(clients int, interval string, swept ...string) (float64, error) {
+	if err := b.fill(0, swept...); err != nil {
+		return 0, err
+	}
+	if interval == "" {
+		if err := b.exec("drop trigger outbox_notify on outbox"); err != nil {
+			return 0, err
+		}
+	} else {
+		s, err := b.startSide(benchside.Task{Side: "ours", Channels: []string{"bench"}, N: -1, Workers: 10, Interval: interval})
+		if err != nil {
+			return 0, err
+		}
+		defer s.end()
+	}
+	dir, err := os.MkdirTemp("", "bench")
+	if err != nil {
+		return 0, err
+	}
+	defer os.RemoveAll(dir)
+	script := filepath.Join(dir, "insert.sql")
+	if err := os.WriteFile(script, []byte("insert into outbox (channel, payload) values ('bench', '{}');\n"), 0o644); err != nil {
+		return 0, err
+	}
+	bin, err := pgtest.Bin()
+	if err != nil {
+		return 0, err
+	}
+	out, err := exec.Command(bin+"/pgbench", "-n", "-f", script, "-c", fmt.Sprint(clients), "-j", "2", "-T", "4", b.server.DSN()).CombinedOutput()
+	if err != nil {
+		return 0, fmt.Errorf("pgbench: %w: %s", err, out)
+	}
+	var perSecond float64
+	_, after, _ := strings.Cut(string(out), "tps = ")
+	if _, err := fmt.Sscanf(after, "%f", &perSecond); err != nil {
+		return 0, fmt.Errorf("pgbench: %s", out)
+	}
+	return perSecond, nil
+}
+
+// late: how long after its insertion a row is begun that nobody is notified of.
+func (b *bench) late() error {
+	if err := b.fill(0, "bench"); err != nil {
+		return err
+	}
+	const rows = 1000
+	s, err := b.startSide(benchside.Task{Side: "ours", Channels: []string{"bench"}, N: rows, Workers: 10, Interval: "20ms"})
+	if err != nil {
+		return err
+	}
+	defer s.end()
+	for range rows {
+		time.Sleep(4 * time.Millisecond)
+		if err := b.exec(timedInsert); err != nil {
+			return err
+		}
+	}
+	r, err := s.result()
+	if err != nil {
+		return err
+	}
+	b.line("a row swept every 20 ms is begun late by, p50", ms(r.P50), "", "", "", true)
+	b.line("a row swept every 20 ms is begun late by, the latest of 1,000", ms(r.Max), "", "", "<= 40 ms", r.Max <= 0.040)
+	return nil
+}
