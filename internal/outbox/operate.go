@@ -177,22 +177,31 @@ func (p Operator) query(s store, query string, readOnly bool, args []any, each f
 
 const batchRows = 5000 // at once, at most
 
-// change does the command that query is to the rows of what that are in one of states.
-func (p Operator) change(ctx context.Context, s store, what selection, verb, query string, states ...string) error {
-	ids, named := what.ids, what.ids != nil
-	if what.states = states; !named {
+// find returns the ids of what, the newest first: of failed rows with one key it is the newest that counts.
+func (p Operator) find(s store, what selection) ([]int64, error) {
+	ids := slices.Clone(what.ids)
+	if ids == nil {
 		err := p.query(s, selectSQL+"select id from found", true, what.args(nil), func(r *sql.Rows) error {
 			ids = append(ids, 0)
 			return r.Scan(&ids[len(ids)-1])
 		})
 		if err != nil {
-			return err
+			return nil, err
 		}
 	}
-	// The newest first: of failed rows with one key it is the newest that counts.
 	slices.Sort(ids)
 	ids = slices.Compact(ids)
 	slices.Reverse(ids)
+	return ids, nil
+}
+
+// change does the command that query is to the rows of what that are in one of states.
+func (p Operator) change(ctx context.Context, s store, what selection, verb, query string, states ...string) error {
+	what.states = states
+	ids, err := p.find(s, what)
+	if err != nil {
+		return err
+	}
 	now, err := s.now()
 	became, waits, told, keys := map[string][]int64{}, 0, time.Now(), map[string]bool{}
 	var batch func(ids []int64) error
@@ -244,7 +253,7 @@ func (p Operator) change(ctx context.Context, s store, what selection, verb, que
 		}
 		n = min(n, batchRows)
 	}
-	if partly := p.tell(verb, what.dry, named, became); err == nil {
+	if partly := p.tell(verb, what.dry, what.ids != nil, became); err == nil {
 		err = partly
 	}
 	return err
