@@ -137,11 +137,15 @@ func modes() map[string]wrap {
 
 // featureCommands are the flags of the features.
 func featureCommands() []cli.Command {
+	// begin: outbox
+	states := "failed|waiting"
+	states += "|scheduled" // feature: schedule
+	// end: outbox
 	return []cli.Command{
 		{Flags: "-check", Usage: "try everything once, print one line per check, exit with 0 or 1", Run: checkAll}, // feature: check
 		// begin: outbox
 		{Flags: "-outbox-schema", Operands: "[CHANNEL...]", Usage: "print the SQL that makes OUTBOX_TABLE, for psql or a migration; inserts on these channels do not NOTIFY", Run: printSchema},
-		{Flags: "-outbox-list", Operands: "[failed|waiting|scheduled] [ID...|CHANNEL|all]",
+		{Flags: "-outbox-list", Operands: "[" + states + "] [ID...|CHANNEL|all]",
 			Usage: "show rows of OUTBOX_TABLE, without payloads: as columns on a terminal, otherwise as lines of JSON", Run: operate(outbox.Operator.List)},
 		{Flags: "-outbox-retry", Operands: "[-n] ID...|CHANNEL|all",
 			Usage: "make rows due now that have failed or are to be tried again later; -n only says which", Run: operate(outbox.Operator.Retry)},

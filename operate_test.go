@@ -632,8 +632,7 @@ func TestScheduleOfADoorbellIsForgotten(t *testing.T) {
 
 	delete(rings, name)
 	rings["CHANNELS"] += "," + channel + "=doorbell:log"
-	check := operator{rings, o.tab}
-	check.run(t, cli.OK, "-check") // feature: check
+	(operator{rings, o.tab}).run(t, cli.OK, "-check") // feature: check
 	if row() != 3 {
 		t.Error("a check has deleted a row")
 	}

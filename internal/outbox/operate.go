@@ -167,25 +167,28 @@ func (p Operator) query(s store, query string, readOnly bool, args []any, each f
 
 const batchRows = 5000 // at once, at most
 
-// chosen are the rows that what asks for, the newest first: of failed rows with one key it is the newest that counts.
-func (p Operator) chosen(s store, what selection) (ids []int64, err error) {
-	if ids = slices.Clone(what.ids); ids == nil {
-		err = p.query(s, selectSQL+"select id from found", true, what.args(nil), func(r *sql.Rows) error {
+// find returns the ids of what, the newest first: of failed rows with one key it is the newest that counts.
+func (p Operator) find(s store, what selection) ([]int64, error) {
+	ids := slices.Clone(what.ids)
+	if ids == nil {
+		err := p.query(s, selectSQL+"select id from found", true, what.args(nil), func(r *sql.Rows) error {
 			ids = append(ids, 0)
 			return r.Scan(&ids[len(ids)-1])
 		})
+		if err != nil {
+			return nil, err
+		}
 	}
 	slices.Sort(ids)
 	ids = slices.Compact(ids)
 	slices.Reverse(ids)
-	return ids, err
+	return ids, nil
 }
 
 // change does the command that query is to the rows of what that are in one of states.
 func (p Operator) change(ctx context.Context, s store, what selection, verb, query string, states ...string) error {
-	named := what.ids != nil
 	what.states = states
-	ids, err := p.chosen(s, what)
+	ids, err := p.find(s, what)
 	if err != nil {
 		return err
 	}
@@ -240,7 +243,7 @@ func (p Operator) change(ctx context.Context, s store, what selection, verb, que
 		}
 		n = min(n, batchRows)
 	}
-	if partly := p.tell(verb, what.dry, named, became); err == nil {
+	if partly := p.tell(verb, what.dry, what.ids != nil, became); err == nil {
 		err = partly
 	}
 	return err
