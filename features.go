@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/http"
 	"os"
 	"strings"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"github.com/pglistener/pglistener/internal/health"
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/outbox"
+	"github.com/pglistener/pglistener/internal/page"
 	"github.com/pglistener/pglistener/internal/proc"
 	"github.com/pglistener/pglistener/internal/queue"
 	"github.com/pglistener/pglistener/internal/retry"
@@ -147,13 +149,46 @@ func featureCommands() []cli.Command {
 // watch connects what watches l while it runs. ends are to be called when it has stopped.
 func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error) {
 	l.Beat, l.OnBeat = sdnotify.Start(l.Beat, lookup, p.log) // feature: sdnotify
+	var root http.Handler                                    // feature: health
+	root, ends = startPage(l, p)                             // feature: page
 	// begin: health
-	end, err := health.Start(p.cfg.Features.Health, l, version(), p.log, p.lines)
+	end, err := health.Start(p.cfg.Features.Health, root, l, version(), p.log, p.lines)
 	ends = append(ends, end)
 	// end: health
 	return ends, err
 }
 
+// begin: page
+
+// startPage returns what answers GET / of HTTP_ADDR, and what ends it; nothing without an address.
+func startPage(l *Listener, p loaded) (root http.Handler, ends []func()) {
+	if p.cfg.Features.Health.Addr == "" {
+		return nil, nil
+	}
+	s := page.Source{Version: version(), Alive: l.Alive, Hears: l.Hears, Stats: l.Stats}
+	for i, r := range p.cfg.routes { // of each of which makeChannels has made a channel
+		c := page.Channel{Name: r.Channel, Shown: r.Shown(), Works: func() error { return l.Works(l.channels[i]) }}
+		c.Schedule, c.Next = nextRun(p.cfg.perChannel[r.Channel].Schedule.Text) // feature: schedule
+		s.Channels = append(s.Channels, c)
+	}
+	return p.page, []func(){p.page.Start(s)}
+}
+
+// end: page
+// begin: page schedule
+
+// nextRun returns a schedule that has been validated, and what says when it runs next: of @every only the run before it knows.
+func nextRun(text string) (string, func() time.Time) {
+	if text == "" || strings.Contains(text, "@every") {
+		return text, nil
+	}
+	return text, func() time.Time {
+		next, _ := schedule.Next(text, time.Time{}, time.Now())
+		return next
+	}
+}
+
+// end: page schedule
 // begin: check
 
 // checkAll is the flag -check.

@@ -19,6 +19,7 @@ import (
 	"github.com/pglistener/pglistener/internal/cli"
 	"github.com/pglistener/pglistener/internal/env"
 	"github.com/pglistener/pglistener/internal/logs"
+	"github.com/pglistener/pglistener/internal/page"
 	"github.com/pglistener/pglistener/internal/pgconn"
 )
 
@@ -95,14 +96,16 @@ type loaded struct {
 	cfg      *Config
 	channels []Channel
 	log      *slog.Logger
-	lines    *logs.Writer // through which log writes
-	problems []error      // every one of the configuration
+	lines    *logs.Writer   // through which log writes
+	problems []error        // every one of the configuration
+	page     *page.Recorder // feature: page
 }
 
 func load(e cli.Env) (p loaded) {
 	handlers, modes := addHandlers(handlerTable()), modes()
 	p.cfg, p.problems = loadConfig(e.Lookup, handlers, modes)
 	p.log, p.lines = logs.Open(p.cfg.Log, e.Stderr)
+	p.page, p.log = page.Watch(p.log) // feature: page
 	channels, wrong := makeChannels(p.cfg, handlers, modes, p.log)
 	for _, err := range wrong {
 		known := func(problem error) bool { return strings.HasSuffix(err.Error(), problem.Error()) }

@@ -27,6 +27,7 @@ var traces = map[string]string{
 	"execcmd":  `exec:|execcmd`,
 	"webhook":  `(?i)webhook|https?://\.\.\.`,
 	"health":   `(?i)\bhealth|readyz|livez|metrics|HTTP_ADDR`,
+	"page":     `status page|internal/page|page\.md`,
 	"schedule": `(?i)\bschedule|crontab`,
 	"sdnotify": `(?i)systemd|sdnotify`,
 }
