@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -30,7 +31,6 @@ type browser struct {
 	next    int
 	answers map[int]chan browserMessage
 	events  []browserMessage
-	changed chan struct{}
 }
 
 type browserMessage struct {
@@ -74,7 +74,7 @@ func newBrowser(t *testing.T) *browser {
 	}
 	theirs.Close()
 	theirOut.Close()
-	b := &browser{t: t, in: in, answers: map[int]chan browserMessage{}, changed: make(chan struct{})}
+	b := &browser{t: t, in: in, answers: map[int]chan browserMessage{}}
 	read := make(chan struct{})
 	go func() {
 		defer close(read)
@@ -125,8 +125,6 @@ func (b *browser) take(m browserMessage) {
 		return
 	}
 	b.events = append(b.events, m)
-	close(b.changed)
-	b.changed = make(chan struct{})
 }
 
 // call runs a command and reads its result.
@@ -170,6 +168,13 @@ func (b *browser) told(method string) (all []string) {
 		}
 	}
 	return all
+}
+
+// forget forgets all events.
+func (b *browser) forget() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.events = nil
 }
 
 // open loads a page and waits until it is there.
@@ -248,70 +253,107 @@ func TestPageInABrowser(t *testing.T) {
 		p.Wait(t, "delivery proven", 1)
 		return p, "http://" + p.Wait(t, "serving health", 1)["addr"].(string) + "/"
 	}
-	sees := func(t *testing.T, address, title string, b *browser, name string, wants ...string) {
+	b := newBrowser(t)
+	// sees opens the page in all ways, and compares what a person sees.
+	sees := func(t *testing.T, address, name, title string, wants ...string) {
+		t.Helper()
 		for _, width := range []int{390, 1280} {
 			for _, colours := range []string{"light", "dark"} {
 				b.look(width, colours)
 				b.open(address)
 				var got struct {
-					Title, Text, Ground  string
-					Width, Headings, Wrong int
+					Title, Text, Headline   string
+					Ground, Contrast        float64
+					Width, Titles, Headers  int
+					Outside, Small, Foreign []string
 				}
-				b.eval(pageFacts, &got)
-				where := fmt.Sprintf("%s, %d pixels, %s", name, width, colours)
+				b.eval(testkit.ReadFile(t, "internal/page/testdata/seen.js"), &got)
+				where := fmt.Sprintf("%s at %d pixels, %s", name, width, colours)
 				b.screenshot(fmt.Sprintf("bin/page-%s-%d-%s.png", name, width, colours))
-				if !strings.HasPrefix(got.Title, title) {
-					t.Errorf("%s: the title is %q", where, got.Title)
+				if !strings.HasPrefix(got.Title, title) || got.Headline != wants[0] {
+					t.Errorf("%s: the title is %q, the headline %q", where, got.Title, got.Headline)
 				}
 				for _, want := range wants {
 					if !strings.Contains(got.Text, want) {
 						t.Errorf("%s: nobody can see %q in:\n%s", where, want, got.Text)
 					}
 				}
-				if got.Width > width {
-					t.Errorf("%s: it is %d pixels wide", where, got.Width)
+				if strings.Contains(got.Text, "hunter2") {
+					t.Errorf("%s: there is a payload", where)
+				}
+				if got.Width > width || len(got.Outside) > 0 {
+					t.Errorf("%s: it is %d pixels wide, and this is not where it should be: %q", where, got.Width, got.Outside)
+				}
+				if got.Titles != 1 || got.Headers == 0 || len(got.Small) > 0 || len(got.Foreign) > 0 {
+					t.Errorf("%s: %d h1, %d headers of columns and rows, too small: %q, elements that do not belong: %q", where, got.Titles, got.Headers, got.Small, got.Foreign)
+				}
+				if got.Contrast < 4.5 {
+					t.Errorf("%s: a contrast of %.1f", where, got.Contrast)
+				}
+				if dark := got.Ground < 0.5; dark != (colours == "dark") {
+					t.Errorf("%s: the ground has a lightness of %.2f", where, got.Ground)
 				}
 			}
 		}
+		for _, kind := range []string{"Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Network.loadingFailed"} {
+			if all := b.told(kind); len(all) > 0 {
+				t.Errorf("%s: %s", kind, all)
+			}
+		}
+		for _, asked := range b.told("Network.requestWillBeSent") {
+			var request struct{ Request struct{ URL string } }
+			if err := json.Unmarshal([]byte(asked), &request); err != nil {
+				t.Fatal(err)
+			}
+			if url := request.Request.URL; url != address && url != "about:blank" && !strings.HasPrefix(url, "data:") {
+				t.Errorf("it asks for %s", url)
+			}
+		}
+		b.forget()
 	}
-	b := newBrowser(t)
+	works := func(t *testing.T, p *process) {
+		for i := range 40 {
+			testkit.Send(t, orders, fmt.Sprint("hunter2 ", i))
+			insert(t, testkit.DB(t), tab, events, "hunter2")
+		}
+		testkit.Eventually(t, "the orders are not handled", func() bool { return len(p.All("notification")) == 40 })
+	}
+
 	t.Run("calm", func(t *testing.T) {
 		p, address := start(t, false)
-		for i := range 40 {
-			testkit.Send(t, orders, fmt.Sprint("payload", i))
-			insert(t, testkit.DB(t), tab, events, "x")
-		}
-		testkit.Eventually(t, "the work is not done", func() bool { return len(receiver.Requests()) >= 40 && len(p.All("notification")) >= 40 })
-		sees(t, address, "✓ ", b, "calm", "It hears, and the work is done.")
+		works(t, p)
+		waits := &statusPage{address: strings.TrimSuffix(address, "/"), agreed: map[bool]int{}}
+		waits.says(t, "outbox "+receiver.URL+" at most 40 done a minute", "at most 40 done a minute 40 40 0 0")
+		sees(t, address, "calm", "✓ hears, work is done", "It hears, and the work is done.", "Since ", "UTC", "nothing was missed",
+			orders, "plain log", "at most 40 done a minute", "✓ done", "doorbell exec:/bin/true", "CRON_TZ=Europe/Berlin 0 3 * * *", "(in ")
+		// It loads itself again, and whoever has scrolled stays there.
 		b.look(390, "light")
 		b.open(address)
 		var y float64
 		b.eval("scrollTo(0, 300), scrollY", &y)
-		t.Log("before", y)
-		n := len(b.told("Page.loadEventFired"))
-		testkit.Eventually(t, "no refresh", func() bool { return len(b.told("Page.loadEventFired")) > n })
-		time.Sleep(300*time.Millisecond)
-		b.eval("scrollY", &y)
-		t.Log("after", y, b.told("Page.frameRequestedNavigation"), b.told("Page.frameScheduledNavigation"))
+		loaded := len(b.told("Page.loadEventFired"))
+		testkit.Eventually(t, "it does not load itself again", func() bool { return len(b.told("Page.loadEventFired")) > loaded })
+		if b.eval("scrollY", &y); y != 300 {
+			t.Errorf("it has scrolled to %v", y)
+		}
+		b.open("about:blank") // or it would look for a program that has ended
+		b.forget()
 	})
 	t.Run("fire", func(t *testing.T) {
 		p, address := start(t, true)
-		for i := range 40 {
-			testkit.Send(t, orders, fmt.Sprint("payload", i))
-			testkit.Send(t, html, fmt.Sprint("payload", i))
-			insert(t, testkit.DB(t), tab, events, "x")
-		}
+		works(t, p)
 		for range 3 {
-			insert(t, testkit.DB(t), tab, mail, "x")
-			insert(t, testkit.DB(t), tab, invoices, "x")
+			insert(t, testkit.DB(t), tab, mail, "hunter2")
+			insert(t, testkit.DB(t), tab, invoices, "hunter2")
 		}
-		endSession(t, p)
+		testkit.Send(t, long, "")
+		_, port, _ := net.SplitHostPort(p.Wait(t, "listening", 1)["local"].(string))
+		testkit.Exec(t, testkit.DB(t), "select pg_terminate_backend(pid) from pg_stat_activity where client_port = $1", port)
 		p.Wait(t, "gave up; the row", 3)
-		testkit.Eventually(t, "still ready", func() bool { code, _ := get(t, address+"readyz"); return code == http.StatusServiceUnavailable })
-		sees(t, address, "✗ work is not done", b, "fire", "It hears, but the work of "+invoices+" is not done.")
+		waits := &statusPage{address: strings.TrimSuffix(address, "/"), agreed: map[bool]int{}}
+		waits.says(t, "Gaps in the last 24 hours 1", "3 rows of the outbox have failed", "The last call of "+long+" failed.", "It hears, but the work of "+invoices+" is not done.")
+		sees(t, address, "fire", "✗ work is not done", "It hears, but the work of "+invoices+" is not done.", invoices+": what is wrong", "no row has succeeded for", "What to do",
+			"status 500: \"the ledger is closed\"", "<script>document.title='owned'</script> no such mailbox", html, "pglistener -outbox-retry ",
+			"terminating connection due to administrator command (57P01)", "3 rows of the outbox have failed and wait for a person.")
 	})
 }
-
-const pageFacts = `({
-	Title: document.title, Text: document.body.innerText, Width: document.documentElement.scrollWidth, Headings: document.querySelectorAll('h1').length,
-})`

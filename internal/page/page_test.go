@@ -132,7 +132,7 @@ func TestPageSaysHowThingsAre(t *testing.T) {
 		}, "fire",
 			[]string{"The listener is stuck.", "stuck for 12s", "Restart it."}},
 		"one idle": {func(w *world, _ *slog.Logger) { w.works["orders"] = errors.New("no row has succeeded for 6m0s") }, "fire",
-			[]string{"✗ work is not done", "It hears, but the work of orders is not done.", "orders : what is wrong no row has succeeded for 6m0s", "Mend the cause. The work goes on by itself", "✗ not done 1 of 2 channels", "✓ done"}},
+			[]string{"✗ work is not done", "It hears, but the work of orders is not done.", "orders : what is wrong no row has succeeded for 6m0s What to do Mend the cause. The work goes on by itself", "✗ not done 1 of 2 channels", "✓ done"}},
 		"two idle": {func(w *world, _ *slog.Logger) { w.works["orders"], w.works["mail"] = errors.New("a"), errors.New("b") }, "fire",
 			[]string{"the work of 2 channels is not done.", "orders : what is wrong a", "mail : what is wrong b"}},
 		"paused for long": {func(w *world, log *slog.Logger) {
@@ -144,7 +144,7 @@ func TestPageSaysHowThingsAre(t *testing.T) {
 		"a call failed": {func(w *world, log *slog.Logger) {
 			w.calls["orders"], w.figures["orders:handler_failures_total"] = notify.Histogram{Count: 1, Sum: 20 * time.Millisecond}, 1
 			log.With("channel", "orders").Warn("handler failed", "error", errors.New("exit status 3"))
-		}, "look", []string{"The last call of orders failed: exit status 3", "! failing", "1 calls failed", "20 ms"}},
+		}, "look", []string{"The last call of orders failed.", "exit status 3", "! failing", "1 calls failed", "20 ms"}},
 		"failed rows": {func(w *world, log *slog.Logger) {
 			w.figures["orders:outbox_rows due"], w.figures["orders:outbox_rows failed"], w.figures["orders:outbox_oldest_seconds"] = 1234, 3, 90
 			log.With("channel", "orders").Error("gave up; the row stays in the outbox as failed", "id", 4711, "event", "e", "attempts", 110, "error", "status 422")
@@ -349,16 +349,32 @@ func TestMemoryOfThePageIsBounded(t *testing.T) {
 	flood()
 	before := used()
 	flood()
-	if after := used(); after > before+200_000 || len(r.gaps) != maxGaps || len(r.channels[0].Failed) != maxFailed || len(r.channels) != 2 {
+	after := used()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if after > before+200_000 || len(r.gaps) != maxGaps || len(r.channels[0].Failed) != maxFailed || len(r.channels) != 2 {
 		t.Errorf("%d bytes more; %d gaps, %d failed rows, %d channels", after-before, len(r.gaps), len(r.channels[0].Failed), len(r.channels))
 	}
-	w.set(func() { w.figures["orders:outbox_rows failed"], w.figures["orders:outbox_rows due"] = 5_000, 0 })
+}
+
+func TestOnlyTheLastFailuresAreListed(t *testing.T) {
+	t.Parallel()
+	w := newWorld("orders")
+	r, log := recorded(t, w)
+	gaveUp := func(id int) {
+		log.With("channel", "orders").Error("gave up", "id", id, "event", "e", "attempts", 1, "error", errors.New(strings.Repeat("x", 5000)))
+		log.Warn("reconnected", "gap_from", time.Now(), "gap_to", time.Now())
+	}
+	for id := range 5000 {
+		gaveUp(id)
+	}
+	w.set(func() { w.figures["orders:outbox_rows failed"], w.figures["orders:outbox_rows due"] = 5000, 0 })
 	p := page(t, r)
 	if len(p) > 60_000 {
 		t.Errorf("the page has %d bytes", len(p))
 	}
 	expect(t, words(p), "-outbox-retry 4999", "-outbox-retry 4990", "not: -outbox-retry 4989", "Only the last ten are listed")
-	log.With("channel", "orders").Error("gave up", "id", 4995, "event", "e", "attempts", 1, "error", "again")
+	gaveUp(4995)
 	if n := strings.Count(page(t, r), "-outbox-retry 4995"); n != 1 {
 		t.Errorf("a row that failed twice is listed %d times", n)
 	}
@@ -374,6 +390,8 @@ func TestLastHourAndSinceWhen(t *testing.T) {
 		defer end() // else the bubble would not end
 		hour := func() hour {
 			page(t, r)
+			r.mu.Lock()
+			defer r.mu.Unlock()
 			return r.channels[0].Hour(time.Now())
 		}
 		work := func(done, failed float64, took time.Duration) {
@@ -411,6 +429,8 @@ func TestLastHourAndSinceWhen(t *testing.T) {
 
 		since := func() (ready, hears, work time.Duration) {
 			page(t, r)
+			r.mu.Lock()
+			defer r.mu.Unlock()
 			return r.ready.Since.Sub(began), r.hears.Since.Sub(began), r.channels[0].Work.Since.Sub(began)
 		}
 		if a, b, c := since(); a != 0 || b != 0 || c != 0 {
@@ -445,11 +465,17 @@ func TestLastHourAndSinceWhen(t *testing.T) {
 		w.set(func() { w.figures["orders:channel_paused"] = 1 })
 		time.Sleep(time.Minute)
 		log.With("channel", "orders").Warn(call.Paused, "error", errors.New("away"))
-		if page(t, r); !r.channels[0].Paused.Equal(paused) {
-			t.Errorf("paused since %v, not %v", r.channels[0].Paused, paused)
+		pausedSince := func() time.Time {
+			page(t, r)
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			return r.channels[0].Paused
+		}
+		if got := pausedSince(); !got.Equal(paused) {
+			t.Errorf("paused since %v, not %v", got, paused)
 		}
 		w.set(func() { w.figures["orders:channel_paused"] = 0 })
-		if page(t, r); !r.channels[0].Paused.IsZero() {
+		if got := pausedSince(); !got.IsZero() {
 			t.Error("still paused")
 		}
 	})
