@@ -18,9 +18,10 @@ demo: postgres build
 test: tools lint
 	go test -race -shuffle=on ./...
 
-# What is heavy: the whole suites of copies without each feature, and outages that last.
+# What is heavy: the whole suites of copies without each feature, outages that last, and a browser.
 test-extra: tools
-	TEST_EXTRA=yes go test -count=1 -timeout=60m -run '^(TestCopiesPassTheirTests|TestOutageOfAMinute|TestOldProgramWorksTheNewTable|TestReplicasThatFallSilentFreezeOrDie)$$' .
+	@sh internal/pgtest/install.sh browser # feature: page
+	TEST_EXTRA=yes go test -count=1 -timeout=60m -run '^(TestCopiesPassTheirTests|TestOutageOfAMinute|TestOldProgramWorksTheNewTable|TestReplicasThatFallSilentFreezeOrDie|TestPageInABrowser)$$' .
 
 lint:
 	go vet ./...

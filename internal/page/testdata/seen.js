@@ -1,3 +1,4 @@
+// feature: page outbox schedule execcmd webhook
 // What a person sees of the page, for the test with a browser.
 (() => {
   const rgb = s => (s.match(/[\d.]+/g) || []).map(Number);
