@@ -5,6 +5,7 @@ package main
 import (
 	"html"
 	"net/http"
+	"os"
 	"regexp"
 	"strings"
 	"testing"
@@ -59,6 +60,9 @@ func (s *statusPage) says(t *testing.T, wants ...string) string {
 // TestPageTellsWhatHappens runs the program, and causes what the page is for.
 func TestPageTellsWhatHappens(t *testing.T) {
 	t.Parallel()
+	if _, err := os.Stat("/dev/full"); err != nil {
+		testkit.Skip(t, "needs a file that cannot be written: "+err.Error())
+	}
 	channel := testkit.ChannelName(t)
 	bad := channel + "_bad"
 	dsn, proxy := testkit.Proxied(t, testkit.WithParams(testkit.DSN(t), "application_name", channel))
