@@ -159,6 +159,21 @@ func TestPageSaysHowThingsAre(t *testing.T) {
 			w.figures["orders:outbox_rows due"], w.figures["orders:outbox_rows failed"] = 0, 0
 			log.With("channel", "orders").Error("gave up", "id", 4711, "event", "e", "attempts", 110, "error", "status 422")
 		}, "calm", []string{"not: 4711", "none failed"}},
+		"rows of one channel that were retried": {func(w *world, log *slog.Logger) {
+			w.figures["orders:outbox_rows due"], w.figures["mail:outbox_rows due"], w.figures["mail:outbox_rows failed"] = 0, 0, 2
+			log.With("channel", "orders").Error("gave up", "id", 4711, "event", "e", "attempts", 110, "error", "status 422")
+			log.With("channel", "mail").Warn("handler failed; the row will be tried again", "id", 4712, "event", "e", "attempt", 1, "error", "status 500")
+			log.With("channel", "mail").Error("gave up", "id", 4713, "attempts", 5, "error", "of no row")
+		}, "look", []string{"not: -outbox-retry", "2 have failed and wait for a person", "status 422", "of no row"}},
+		"rows of two channels, one of which were retried": {func(w *world, log *slog.Logger) {
+			w.figures["orders:outbox_rows due"], w.figures["mail:outbox_rows due"], w.figures["mail:outbox_rows failed"] = 0, 0, 2
+			log.With("channel", "orders").Error("gave up", "id", 4711, "event", "e", "attempts", 110, "error", "status 422")
+			log.With("channel", "mail").Error("gave up", "id", 4714, "event", "e", "attempts", 5, "error", "status 500")
+		}, "look", []string{"not: -outbox-retry 4711", "-outbox-retry 4714"}},
+		"errors and hints": {func(_ *world, log *slog.Logger) {
+			log.With("channel", "orders").Error("outbox cannot be read", "error", "42P01", "hint", "make it")
+			log.With("channel", "orders").Warn("queue full", "queue", 1000)
+		}, "calm", []string{"42P01: make it", "not: queue full"}},
 		"strange rows":       {func(w *world, _ *slog.Logger) { w.figures["orders:outbox_unhandled_rows"] = 7 }, "look", []string{"7 rows of the outbox are due on channels that this listener does not handle"}},
 		"a queue that fills": {func(w *world, _ *slog.Logger) { w.figures["notification_queue_usage_ratio"] = 0.3 }, "look", []string{"NOTIFY queue fills"}},
 		"dropped":            {func(w *world, _ *slog.Logger) { w.figures["orders:items_total dropped"] = 5 }, "look", []string{"orders has dropped 5 notifications"}},
@@ -428,6 +443,10 @@ func TestLastHourAndSinceWhen(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		if h := hour(); h.Done != 0 || h.Failed != 0 || h.PerCall != 0 || h.Peak != 0 {
 			t.Errorf("%+v after an idle hour", h)
+		}
+		work(5, 1, time.Second)
+		if h := hour(); h.Done != 5 || h.Failed != 1 {
+			t.Errorf("%+v after work in the third hour", h)
 		}
 
 		since := func() (ready, hears, work time.Duration) {
