@@ -335,6 +335,9 @@ func TestGapsAndTheirCauses(t *testing.T) {
 			gap()
 			expect(t, words(page(t, r)), "Gaps in the last 24 hours Ended Length Cause", c.want)
 			gap() // the next one has not had this cause
+			if said := words(page(t, r)); !regexp.MustCompile(`Gaps in the last 24 hours 2 50\d ms in all`).MatchString(said) {
+				t.Errorf("it does not say that two gaps were half a second long: %s", said)
+			}
 			if n := strings.Count(words(page(t, r)), "not known"); n == 0 || n == 1 && c.want == "not known" {
 				t.Errorf("%d gaps without a cause", n)
 			}
