@@ -18,9 +18,11 @@ demo: postgres build
 test: tools lint
 	go test -race -shuffle=on ./...
 
-# What is heavy: the whole suites of copies without each feature, outages that last, much memory, and a fault after every message.
+# What is heavy: the whole suites of copies without each feature, outages that last, much memory, a browser, and a fault after every
+# message.
 test-extra: tools
-	TEST_EXTRA=yes go test -count=1 -timeout=60m -run '^(TestCopiesPassTheirTests|TestOutageOfAMinute|TestOldProgramWorksTheNewTable|TestReplicasThatFallSilentFreezeOrDie|TestMemoryIsBounded|TestEveryBoundary)$$' .
+	@sh internal/pgtest/install.sh browser # feature: page
+	TEST_EXTRA=yes go test -count=1 -timeout=60m -run '^(TestCopiesPassTheirTests|TestOutageOfAMinute|TestOldProgramWorksTheNewTable|TestReplicasThatFallSilentFreezeOrDie|TestMemoryIsBounded|TestEveryBoundary|TestPageInABrowser)$$' .
 	TEST_EXTRA=yes go test -count=1 -run '^TestClaimProtocolAsModel$$' ./internal/outbox # feature: outbox
 
 # begin: outbox execcmd webhook health

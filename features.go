@@ -6,27 +6,29 @@ import (
 	"fmt" // feature: outbox
 	"io"  // feature: outbox
 	"log/slog"
+	"net/http" // feature: health
 	"os"
 	"slices" // feature: outbox
 	"strings"
 	"time"
 
 	"github.com/pglistener/pglistener/internal/call"
-	"github.com/pglistener/pglistener/internal/check"
+	"github.com/pglistener/pglistener/internal/check" // feature: check
 	"github.com/pglistener/pglistener/internal/cli"
 	"github.com/pglistener/pglistener/internal/env"
-	"github.com/pglistener/pglistener/internal/execcmd"
-	"github.com/pglistener/pglistener/internal/health"
+	"github.com/pglistener/pglistener/internal/execcmd" // feature: execcmd
+	"github.com/pglistener/pglistener/internal/health"  // feature: health
 	"github.com/pglistener/pglistener/internal/notify"
-	"github.com/pglistener/pglistener/internal/outbox"
-	"github.com/pglistener/pglistener/internal/pipe"
-	"github.com/pglistener/pglistener/internal/proc"
+	"github.com/pglistener/pglistener/internal/outbox" // feature: outbox
+	"github.com/pglistener/pglistener/internal/page"   // feature: page
+	"github.com/pglistener/pglistener/internal/pipe"   // feature: pipe
+	"github.com/pglistener/pglistener/internal/proc"   // feature: execcmd/pipe
 	"github.com/pglistener/pglistener/internal/queue"
 	"github.com/pglistener/pglistener/internal/retry"
-	"github.com/pglistener/pglistener/internal/schedule"
-	"github.com/pglistener/pglistener/internal/sdnotify"
-	"github.com/pglistener/pglistener/internal/trigger"
-	"github.com/pglistener/pglistener/internal/webhook"
+	"github.com/pglistener/pglistener/internal/schedule" // feature: schedule
+	"github.com/pglistener/pglistener/internal/sdnotify" // feature: sdnotify
+	"github.com/pglistener/pglistener/internal/trigger"  // feature: outbox
+	"github.com/pglistener/pglistener/internal/webhook"  // feature: webhook
 )
 
 // The features are what can be left out, each a folder of internal. This file connects them. make new WITHOUT="..." copies the
@@ -233,8 +235,10 @@ func printTrigger(_ context.Context, e cli.Env) int {
 // watch connects what watches l while it runs. ends are to be called when it has stopped.
 func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error) {
 	l.Beat, l.OnBeat = sdnotify.Start(l.Beat, lookup, p.log) // feature: sdnotify
+	var root http.Handler                                    // feature: health
+	root, ends = startPage(l, p)                             // feature: page
 	// begin: health
-	end, err := health.Start(p.cfg.Features.Health, l, cli.Version(), p.log, p.lines)
+	end, err := health.Start(p.cfg.Features.Health, root, l, cli.Version(), p.log, p.lines)
 	ends = append(ends, end)
 	// end: health
 	// begin: schedule outbox
@@ -251,6 +255,37 @@ func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error
 	return ends, err
 }
 
+// begin: page
+
+// startPage returns what answers GET / of HTTP_ADDR, and what ends it; nothing without an address.
+func startPage(l *Listener, p loaded) (root http.Handler, ends []func()) {
+	if p.cfg.Features.Health.Addr == "" {
+		return nil, nil
+	}
+	s := page.Source{Version: cli.Version(), Alive: l.Alive, Hears: l.Hears, Stats: l.Stats}
+	for i, r := range p.cfg.routes { // of each of which makeChannels has made a channel
+		c := page.Channel{Name: r.Channel, Shown: r.Shown(), Works: func() error { return l.Works(l.channels[i]) }}
+		c.Schedule, c.Next = nextRun(p.cfg.perChannel[r.Channel].Schedule.Text) // feature: schedule
+		s.Channels = append(s.Channels, c)
+	}
+	return p.page, []func(){p.page.Start(s)}
+}
+
+// end: page
+// begin: page schedule
+
+// nextRun returns a schedule that has been validated, and what says when it runs next: of @every only the run before it knows.
+func nextRun(text string) (string, func() time.Time) {
+	if text == "" || strings.Contains(text, "@every") {
+		return text, nil
+	}
+	return text, func() time.Time {
+		next, _ := schedule.Next(text, time.Time{}, time.Now())
+		return next
+	}
+}
+
+// end: page schedule
 // begin: check
 
 // checkAll is the flag -check.

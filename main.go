@@ -11,13 +11,13 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
-	"slices"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/pglistener/pglistener/internal/cli"
+	"github.com/pglistener/pglistener/internal/env"
 	"github.com/pglistener/pglistener/internal/logs"
+	"github.com/pglistener/pglistener/internal/page" // feature: page
 	"github.com/pglistener/pglistener/internal/pgconn"
 )
 
@@ -97,21 +97,18 @@ type loaded struct {
 	cfg      *Config
 	channels []Channel
 	log      *slog.Logger
-	lines    *logs.Writer // through which log writes
-	problems []error      // every one of the configuration
+	lines    *logs.Writer   // through which log writes
+	problems []error        // every one of the configuration
+	page     *page.Recorder // feature: page
 }
 
 func load(e cli.Env) (p loaded) {
 	handlers, modes := addHandlers(handlerTable()), modes()
 	p.cfg, p.problems = loadConfig(e.Lookup, handlers, modes)
 	p.log, p.lines = logs.Open(p.cfg.Log, e.Stderr)
+	p.page, p.log = page.Watch(p.log) // feature: page
 	channels, wrong := makeChannels(p.cfg, handlers, modes, p.log)
-	for _, err := range wrong {
-		known := func(problem error) bool { return strings.HasSuffix(err.Error(), problem.Error()) }
-		if !slices.ContainsFunc(p.problems, known) { // a handler repeats what is wrong with its settings
-			p.problems = append(p.problems, err)
-		}
-	}
+	p.problems = env.Merge(p.problems, wrong) // a handler repeats what is wrong with its settings
 	p.channels = channels
 	return p
 }

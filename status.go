@@ -70,20 +70,31 @@ func (l *Listener) Alive() error {
 // Ready returns why a notification that is sent now might not be heard, or why the work of a channel is not being done; nil when
 // all is known to be well. It answers from memory, from any goroutine.
 func (l *Listener) Ready() error {
-	if err := l.Alive(); err != nil {
+	err := l.Hears()
+	for _, c := range l.channels {
+		if why := l.Works(c); err == nil && why != nil {
+			err = fmt.Errorf("channel %q: %w", c.Name, why)
+		}
+	}
+	return err
+}
+
+// Hears returns why a notification that is sent now might not be heard, or nil. It may be called from any goroutine.
+func (l *Listener) Hears() error {
+	reason := l.deafness(l.newest())
+	if err := l.Alive(); err != nil || reason == "" {
 		return err
 	}
-	if reason := l.deafness(l.newest()); reason != "" {
-		return errors.New(reason)
+	return errors.New(reason)
+}
+
+// Works returns why the work of a channel is not being done, or nil. It may be called from any goroutine.
+func (l *Listener) Works(c Channel) error {
+	if err := l.queues[c.Name].Ready(); err != nil {
+		return err
 	}
-	for _, c := range l.channels {
-		err := l.queues[c.Name].Ready()
-		if r, ok := c.Handler.(notify.Readier); ok && err == nil {
-			err = r.Ready()
-		}
-		if err != nil {
-			return fmt.Errorf("channel %q: %w", c.Name, err)
-		}
+	if r, ok := c.Handler.(notify.Readier); ok {
+		return r.Ready()
 	}
 	return nil
 }

@@ -28,6 +28,7 @@ var traces = map[string]string{
 	"pipe":     `pipe:|` + "`pipe`" + `|"pipe"|_pipe_|of a pipe`,
 	"webhook":  `(?i)webhook|https?://\.\.\.`,
 	"health":   `(?i)\bhealth|readyz|livez|metrics|HTTP_ADDR`,
+	"page":     `status page|internal/page|page\.md`,
 	"schedule": `(?i)\bschedule|crontab`,
 	"sdnotify": `(?i)systemd|sdnotify`,
 }

@@ -70,6 +70,16 @@ func DecodeChannels[T any](base T, routes []Route, lookup Lookuper) (all map[str
 	return all, set, problems
 }
 
+// Merge adds problems to others, but for those that only repeat one with more words before it.
+func Merge(problems, more []error) []error {
+	for _, err := range more {
+		if !slices.ContainsFunc(problems, func(p error) bool { return strings.HasSuffix(err.Error(), p.Error()) }) {
+			problems = append(problems, err)
+		}
+	}
+	return problems
+}
+
 // Prefix is what stands before the name of a variable that is for one channel alone: the channel in upper case, with an
 // underscore for all that is neither letter nor digit.
 func Prefix(channel string) string {

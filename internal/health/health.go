@@ -40,12 +40,13 @@ type Server struct {
 	served chan struct{}
 }
 
-// Start serves the address of the settings until end is called, or does nothing if there is none. more adds figures.
-func Start(s Settings, source Source, version string, log *slog.Logger, more ...notify.Meter) (end func(), err error) {
+// Start serves the address of the settings until end is called, or does nothing if there is none. root answers GET / unless it is
+// nil; more adds figures.
+func Start(s Settings, root http.Handler, source Source, version string, log *slog.Logger, more ...notify.Meter) (end func(), err error) {
 	if s.Addr == "" {
 		return func() {}, nil
 	}
-	server, err := Serve(s.Addr, source, version, log, more...)
+	server, err := Serve(s.Addr, root, source, version, log, more...)
 	if err != nil {
 		return nil, err
 	}
@@ -53,12 +54,15 @@ func Start(s Settings, source Source, version string, log *slog.Logger, more ...
 }
 
 // Serve listens on addr and serves on a goroutine of its own. version is shown as a metric's label.
-func Serve(addr string, source Source, version string, log *slog.Logger, more ...notify.Meter) (*Server, error) {
+func Serve(addr string, root http.Handler, source Source, version string, log *slog.Logger, more ...notify.Meter) (*Server, error) {
 	ln, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("HTTP_ADDR: %w", err)
 	}
 	mux := http.NewServeMux()
+	if root != nil {
+		mux.Handle("GET /{$}", root)
+	}
 	mux.HandleFunc("GET /livez", answer(source.Alive)) // GET includes HEAD
 	mux.HandleFunc("GET /readyz", answer(source.Ready))
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {

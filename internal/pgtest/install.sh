@@ -2,6 +2,7 @@
 # Makes sure that what the tests and the demo run is on this machine: a PostgreSQL
 # server, and with the argument "all" also PgBouncer, promtool and, on Linux,
 # systemd-analyze. Installs Debian's packages when it may, and otherwise says what to type.
+# With the argument "browser" it makes sure of Chromium instead.  # feature: page
 
 have_postgres() {
 	[ -n "$TEST_DATABASE_URL" ] && return
@@ -20,7 +21,10 @@ have_promtool() { command -v promtool >/dev/null || [ -x bin/promtool ]; }
 have_languages() { command -v python3 >/dev/null && command -v node >/dev/null; } # feature: pipe
 have_analyze() { [ "$(uname)" != Linux ] || command -v systemd-analyze >/dev/null; }
 
+have_browser() { command -v chromium >/dev/null || command -v google-chrome >/dev/null; } # feature: page
+
 complete() {
+	[ "$1" != browser ] || { have_browser; return; } # feature: page
 	have_postgres || return 1
 	[ "$1" != all ] || { have_pgbouncer && have_promtool && have_analyze; } || return 1
 	[ "$1" != all ] || have_languages || return 1 # feature: pipe
@@ -38,6 +42,7 @@ complete "$1" && exit 0
 if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
 	echo "installing what is missing, from Debian's packages"
 	apt-get update -qq
+	[ "$1" != browser ] || install_quietly chromium # feature: page
 	have_postgres || install_quietly postgresql
 	if [ "$1" = all ]; then
 		have_pgbouncer || {
@@ -56,6 +61,13 @@ if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
 	complete "$1" && exit 0
 fi
 
+# begin: page
+if [ "$1" = browser ]; then
+	echo "Chromium is missing: the test that looks at the page will be skipped (apt-get install chromium; brew install --cask chromium)" >&2
+	[ "$CI" != true ]
+	exit
+fi
+# end: page
 if have_postgres; then
 	echo "PgBouncer, promtool or systemd-analyze is missing: the tests that need them will be skipped (apt-get install pgbouncer prometheus systemd; brew install pgbouncer prometheus)" >&2
 	[ "$CI" != true ]

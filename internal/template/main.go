@@ -39,8 +39,9 @@ var features = map[string][]string{
 	"outbox":   {"bench", "internal/benchside", "internal/trigger"},
 	"execcmd":  {"internal/demo"},
 	"webhook":  {},
-	"health":   {"deploy/kubernetes.yaml", "deploy/alerts.yml", "deploy/alerts_test.yml"},
 	"pipe":     {},
+	"health":   {"internal/page", "deploy/kubernetes.yaml", "deploy/alerts.yml", "deploy/alerts_test.yml"},
+	"page":     {},
 	"schedule": {},
 	"sdnotify": {"deploy/pglistener.service", "deploy/pglistener@.service"},
 }
@@ -63,12 +64,18 @@ func copyProject(from, to, name string, without []string) error {
 		return fmt.Errorf("MODULE: %q is not a module path; write one such as example.com/acme/notifier", name)
 	}
 	var gone []string // paths
-	for _, f := range without {
-		also, ok := features[f]
+	without = slices.Clone(without)
+	for i := 0; i < len(without); i++ {
+		also, ok := features[without[i]]
 		if !ok {
-			return fmt.Errorf("WITHOUT: %q is not a feature; there are %s", f, strings.Join(slices.Sorted(maps.Keys(features)), ", "))
+			return fmt.Errorf("WITHOUT: %q is not a feature; there are %s", without[i], strings.Join(slices.Sorted(maps.Keys(features)), ", "))
 		}
-		gone = append(append(gone, "internal/"+f), also...)
+		gone = append(append(gone, "internal/"+without[i]), also...)
+		for _, path := range also {
+			if f, inner := strings.CutPrefix(path, "internal/"); inner && features[f] != nil { // it needs this one
+				without = append(without, f)
+			}
+		}
 	}
 	if slices.Contains(without, "execcmd") && slices.Contains(without, "pipe") {
 		gone = append(gone, "internal/proc") // nobody else starts programs
