@@ -139,6 +139,25 @@ for event in events:
 	}
 }
 
+// Once the guilty one is found the others are sent together again.
+func TestAcquittedOnesAreSentTogether(t *testing.T) {
+	t.Parallel()
+	p := start(t, 3, `
+seen = []
+for event in events:
+    seen.append(event)
+    if exists("died") and event["payload"] == "a" or len(seen) == 3:
+        note("died")
+        os._exit(1)
+    if exists("died") and len(seen) == 2:
+        for e in seen:
+            answer(e)
+`)
+	if got := failed(p.each(func(string) time.Duration { return testkit.Patience / 2 }, "a", "b", "c")); !slices.Equal(got, []string{"a"}) {
+		t.Errorf("failed: %v", got)
+	}
+}
+
 // A death that nobody in flight was the cause of charges nobody.
 func TestKilledFromOutside(t *testing.T) {
 	t.Parallel()
