@@ -781,6 +781,25 @@ note("finished")
 	}
 }
 
+// What is drained after the stop is drained by one program, not by a new one for each.
+func TestStopWhileMuchWaits(t *testing.T) {
+	t.Parallel()
+	p := start(t, 1, `
+for event in events:
+    time.sleep(0.01)
+    answer(event)
+`)
+	p.want("first")
+	p.stop()
+	for _, payload := range hundred() {
+		p.want(payload)
+	}
+	p.ended()
+	if p.restarts() != 0 {
+		t.Errorf("%v restarts", p.restarts())
+	}
+}
+
 // A program that ignores the end of its stdin is stopped.
 func TestStopOfOneThatRunsOn(t *testing.T) {
 	t.Parallel()
