@@ -14,7 +14,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 	t.Parallel()
 	channel := testkit.ChannelName(t)
 	channels := channel + "=outbox:log"
-	channels += "," + channel + "_pipe=pipe:cat" // feature: pipe
+	channels += "," + channel + "_pipe=outbox:pipe:cat" // feature: pipe
 	r := start(t, fast(testkit.DSN(t), channels, sending(outboxTable(t, testkit.DB(t)))), nil).listening(t)
 	_, body := r.web(t)("/metrics")
 	served := map[string]bool{}

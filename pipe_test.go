@@ -80,7 +80,7 @@ func TestPipeFromTheOutboxAndPlain(t *testing.T) {
 // In every mode the program is started with the listener, and may finish at the stop.
 func TestPipeStartsAndFinishesInEveryMode(t *testing.T) {
 	t.Parallel()
-	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	tab := outboxTable(t, testkit.DB(t))
 	program := pipeProgram(t, `
 def note(text):
     with open(sys.argv[1], "a") as f:
@@ -93,32 +93,34 @@ for line in sys.stdin:
 time.sleep(0.3)
 note("finished")
 `)
-	modes := map[string]string{"plain": "", "doorbell": "doorbell:", "outbox": "outbox:", "scheduled": "doorbell:"}
-	dir, channels := t.TempDir(), []string{}
-	for name, mode := range modes {
-		channels = append(channels, fmt.Sprintf("%s_%s=%spipe:%s %s", channel, name, mode, program, filepath.Join(dir, name)))
-	}
-	p := runProgram(t, fast(testkit.DSN(t), strings.Join(channels, ","), sending(tab, vars{strings.ToUpper(channel) + "_SCHEDULED_SCHEDULE": "0 0 1 1 *"})))
-	p.Wait(t, "listening", 1)
-	for name := range modes {
-		testkit.Eventually(t, name+": it is not started", func() bool { return len(journal(filepath.Join(dir, name))) > 0 })
-	}
-	bell := filepath.Join(dir, "doorbell")
-	testkit.Eventually(t, "the doorbell does not run at the start", func() bool { return len(journal(bell)) == 2 })
-	for i := range 3 {
-		testkit.Send(t, channel+"_doorbell", "not handed on")
-		testkit.Eventually(t, "the doorbell does not run when it is rung", func() bool { return len(journal(bell)) == 3+i })
-	}
-	p.signal(t, syscall.SIGTERM)
-	p.exit(t, cli.OK, stopBound)
-	for name := range modes {
-		want := []string{"started", "finished"}
-		if name == "doorbell" {
-			want = []string{"started", "run <>", "run <>", "run <>", "run <>", "finished"}
-		}
-		if got := journal(filepath.Join(dir, name)); !slices.Equal(got, want) {
-			t.Errorf("%s: %q", name, got)
-		}
+	for name, mode := range map[string]string{"plain": "", "doorbell": "doorbell:", "outbox": "outbox:", "scheduled": "doorbell:"} {
+		t.Run(name, func(t *testing.T) { // a process of its own, which waits for nothing else
+			t.Parallel()
+			channel, notes := testkit.ChannelName(t), filepath.Join(t.TempDir(), "notes")
+			v := fast(testkit.DSN(t), channel+"="+mode+"pipe:"+program+" "+notes, sending(tab))
+			want := []string{"started", "finished"}
+			switch name {
+			case "scheduled":
+				v[strings.ToUpper(channel)+"_SCHEDULE"] = "0 0 1 1 *"
+			case "doorbell":
+				want = []string{"started", "run <>", "run <>", "run <>", "run <>", "finished"}
+			}
+			p := runProgram(t, v)
+			p.Wait(t, "listening", 1)
+			testkit.Eventually(t, "it is not started", func() bool { return len(journal(notes)) > 0 })
+			if name == "doorbell" {
+				testkit.Eventually(t, "it does not run at the start", func() bool { return len(journal(notes)) == 2 })
+				for i := range 3 {
+					testkit.Send(t, channel, "not handed on")
+					testkit.Eventually(t, "it does not run when it is rung", func() bool { return len(journal(notes)) == 3+i })
+				}
+			}
+			p.signal(t, syscall.SIGTERM)
+			p.exit(t, cli.OK, stopBound)
+			if got := journal(notes); !slices.Equal(got, want) {
+				t.Errorf("%q", got)
+			}
+		})
 	}
 }
 

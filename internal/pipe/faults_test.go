@@ -139,6 +139,25 @@ for event in events:
 	}
 }
 
+// Once the guilty one is found the others are sent together again.
+func TestAcquittedOnesAreSentTogether(t *testing.T) {
+	t.Parallel()
+	p := start(t, 3, `
+seen = []
+for event in events:
+    seen.append(event)
+    if exists("died") and event["payload"] == "a" or len(seen) == 3:
+        note("died")
+        os._exit(1)
+    if exists("died") and len(seen) == 2:
+        for e in seen:
+            answer(e)
+`)
+	if got := failed(p.each(func(string) time.Duration { return testkit.Patience / 2 }, "a", "b", "c")); !slices.Equal(got, []string{"a"}) {
+		t.Errorf("failed: %v", got)
+	}
+}
+
 // A death that nobody in flight was the cause of charges nobody.
 func TestKilledFromOutside(t *testing.T) {
 	t.Parallel()
@@ -759,6 +778,25 @@ note("finished")
 	}
 	if got := p.lg.All("the program of the pipe"); got != nil {
 		t.Errorf("%v", got)
+	}
+}
+
+// What is drained after the stop is drained by one program, not by a new one for each.
+func TestStopWhileMuchWaits(t *testing.T) {
+	t.Parallel()
+	p := start(t, 1, `
+for event in events:
+    time.sleep(0.01)
+    answer(event)
+`)
+	p.want("first")
+	p.stop()
+	for _, payload := range hundred() {
+		p.want(payload)
+	}
+	p.ended()
+	if p.restarts() != 0 {
+		t.Errorf("%v restarts", p.restarts())
 	}
 }
 
