@@ -279,8 +279,8 @@ func TestOperatorRetries(t *testing.T) {
 		return nil
 	})))
 	r.ready(t)
-	began := time.Now()
 	o.says(t, cli.OK, "due now: 2 rows, ids "+failed+" "+retrying+"\n", "-outbox-retry", channel)
+	began := time.Now() // that the command starts may take long on a loaded machine
 	testkit.Eventually(t, "what is retried is not handled", func() bool { return len(handled()) == 2 })
 	if took := time.Since(began); took > time.Second {
 		t.Errorf("handled after %v: nobody has rung", took)
@@ -611,7 +611,7 @@ func TestScheduleOfADoorbellIsForgotten(t *testing.T) {
 	rings := fast(testkit.DSN(t), channel+"=doorbell:log", v)
 	p := runProgram(t, rings)
 	row := func() (n int) {
-		if err := testkit.DB(t).QueryRow(`select count(*) from "` + o.tab + `" where key = 'pglistener schedule' and attempts = 0`).Scan(&n); err != nil {
+		if err := testkit.DB(t).QueryRow(`select count(*) from "` + o.tab + `" where key = 'pglistener schedule' and schedule is not null`).Scan(&n); err != nil {
 			t.Fatal(err)
 		}
 		return n
@@ -633,11 +633,11 @@ func TestScheduleOfADoorbellIsForgotten(t *testing.T) {
 	delete(rings, name)
 	rings["CHANNELS"] += "," + channel + "=doorbell:log"
 	(operator{rings, o.tab}).run(t, cli.OK, "-check") // feature: check
-	if row() != 3 {
+	if row() != 2 {
 		t.Error("a check has deleted a row")
 	}
 	p = runProgram(t, rings)
-	testkit.Eventually(t, "the row of the schedule that is gone is still there", func() bool { return row() == 2 })
+	testkit.Eventually(t, "the row of the schedule that is gone is still there", func() bool { return row() == 1 })
 	p.signal(t, syscall.SIGTERM)
 	p.exit(t, cli.OK, stopBound)
 	if n := rowCount(t, testkit.DB(t), o.tab); n != 3 {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"strconv"
@@ -300,7 +301,9 @@ func TestPoisonRowHoldsUpNobody(t *testing.T) {
 		insert(t, testkit.DB(t), tab, channel, strconv.Itoa(i))
 	}
 	testkit.Eventually(t, "the others were held up", func() bool { return len(s.payloads()) == 50 })
-	r.Wait(t, "gave up; the row stays", 2)
+	if line := r.Wait(t, "gave up; the row stays", 2); line["retry"] != fmt.Sprintf("pglistener -outbox-retry %.0f", line["id"]) {
+		t.Errorf("%v does not say how to retry it", line)
+	}
 	for payload, want := range map[string]string{"poison": "3 cannot digest", "hopeless": "1 never"} {
 		var got string
 		err := testkit.DB(t).QueryRow(`select attempts || ' ' || last_error from "`+tab+`" where payload = $1 and failed_at is not null`, payload).Scan(&got)

@@ -222,8 +222,12 @@ func TestFiguresOfAnIdleReplicaFollow(t *testing.T) {
 	failed(1)
 	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`"`)
 	settled()
+	began := time.Now()
 	r.Verified(nil) // the probe's second connection
 	failed(0)
+	if took := time.Since(began); took > 8*time.Second { // by itself it looks after 15 s at the soonest, and later after an hour
+		t.Errorf("it took %v: nobody has woken it", took)
+	}
 
 	testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, failed_at) values ($1, now())`, channel)
 	settled()
