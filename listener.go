@@ -159,7 +159,9 @@ func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 				return l.drain(runners, beat.C, late, tooLate), l.fatal
 			}
 			l.dispatchAll(n)
-			continue
+			if l.held == nil {
+				continue
+			}
 		case <-room: // the full queue has room again
 			l.retryHeld()
 		case e := <-l.events: // the connection came, went, or could not be made
