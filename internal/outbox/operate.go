@@ -132,14 +132,10 @@ func parseSelection(operands []string, list bool) (what selection, err error) {
 			what.channel = &name
 		}
 	}
-	slices.Sort(what.ids)
-	slices.Reverse(what.ids)
+	slices.SortFunc(what.ids, func(a, b int64) int { return cmp.Compare(b, a) })
 	what.ids = slices.Compact(what.ids)
 	return what, nil
 }
-
-// lockWait is how long a command waits for what an open transaction holds.
-const lockWait = 500 * time.Millisecond
 
 // query runs a statement in a transaction of its own, which waits for no lock for long, and calls each for its rows.
 func (p Operator) query(s store, query string, readOnly bool, args []any, each func(*sql.Rows) error) error {
@@ -149,8 +145,8 @@ func (p Operator) query(s store, query string, readOnly bool, args []any, each f
 	} else if err != nil {
 		return err
 	}
-	defer func() { _ = tx.Rollback() }() // of what is not committed
-	wait := strconv.FormatInt(max(1, min(lockWait, p.Timeout/2).Milliseconds()), 10)
+	defer func() { _ = tx.Rollback() }()                             // of what is not committed
+	wait := fmt.Sprint(max(1, min(500, p.Timeout.Milliseconds()/2))) // for what an open transaction holds
 	// Nobody may have analyzed a table that is in trouble: the planner is not to guess that reading all of it is cheap.
 	if _, err = tx.Exec(`select set_config('lock_timeout', $1, true), set_config('timezone', 'UTC', true), set_config('jit', 'off', true),
 		set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)`, wait); err != nil {

@@ -95,7 +95,6 @@ func (p *Pool) findHolder(s store, log *slog.Logger) (held bool, err error) {
 		return false, err
 	}
 	was := p.held
-	snapshot = who + " " + snapshot
 	p.held = who != "" && snapshot == p.snapshot
 	if p.held && !was {
 		log.Warn("claims are slow because dead rows cannot be removed: somebody holds a snapshot that might still see them", "holder", who)

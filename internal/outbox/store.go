@@ -74,11 +74,10 @@ func (s store) claim(n int, from place) ([]job, error) {
 	jobs := make([]job, 0, min(n, 100))
 	for rows.Next() {
 		j := job{claimed: began}
-		var runAt, due, created float64
-		if err := rows.Scan(&j.id, &j.event, &j.payload, &j.attempts, &j.schedule, &j.keyed, &j.xmin, &j.until, &runAt, &due, &created); err != nil {
+		if err := rows.Scan(&j.id, &j.event, &j.payload, &j.attempts, &j.schedule, &j.keyed, &j.xmin, &j.until,
+			(*epoch)(&j.runAt), (*epoch)(&j.due), (*epoch)(&j.created)); err != nil {
 			return nil, err
 		}
-		j.runAt, j.due, j.created = fromEpoch(runAt), fromEpoch(due), fromEpoch(created)
 		jobs = append(jobs, j)
 	}
 	// UPDATE returns rows as it comes upon them.
@@ -187,18 +186,19 @@ type rowCounts struct {
 
 // count also returns which of some rows are still to be handled.
 func (s store) count(retrying []int64) (c rowCounts, alive pq.Int64Array, err error) {
-	var oldest sql.NullFloat64
-	err = s.db.QueryRow(s.table.sql(countSQL), s.channel, pq.Int64Array(retrying)).Scan(&c.due, &c.delayed, &oldest, &c.failed, &alive)
-	if oldest.Valid {
-		c.oldest = fromEpoch(oldest.Float64)
-	}
+	err = s.db.QueryRow(s.table.sql(countSQL), s.channel, pq.Int64Array(retrying)).Scan(&c.due, &c.delayed, (*epoch)(&c.oldest), &c.failed, &alive)
 	return c, alive, err
 }
 
-// fromEpoch is a time of the server, which may be minus infinity.
-func fromEpoch(seconds float64) time.Time {
-	const bound = 1 << 40
-	return time.UnixMicro(int64(math.Round(max(-bound, min(seconds, bound)) * 1e6)))
+// epoch is a time of the server, scanned from its seconds since 1970, which may be minus infinity. Null leaves it zero.
+type epoch time.Time
+
+func (e *epoch) Scan(seconds any) error {
+	if s, ok := seconds.(float64); ok {
+		const bound = 1 << 40
+		*e = epoch(time.UnixMicro(int64(math.Round(max(-bound, min(s, bound)) * 1e6))))
+	}
+	return nil
 }
 
 // fit returns why the table cannot be used.

@@ -108,12 +108,11 @@ const lockedPause = 200 * time.Millisecond
 func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 	var failures retry.Failures
 	pause := retry.Backoff{Min: 100 * time.Millisecond, Max: 5 * time.Second}
-	again := time.NewTimer(lockedPause)
-	defer again.Stop()
+	var again <-chan time.Time
 	for ended := false; !ended; {
 		select {
 		case <-o.written:
-		case <-again.C:
+		case <-again:
 		case <-last:
 			ended = true
 		}
@@ -146,7 +145,7 @@ func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 		}
 		o.mu.Lock()
 		if len(o.locked) > 0 {
-			again.Reset(lockedPause)
+			again = time.After(lockedPause)
 		}
 		o.mu.Unlock()
 	}
