@@ -148,11 +148,11 @@ func featureCommands() []cli.Command {
 		// begin: outbox
 		{Flags: "-outbox-schema", Operands: "[CHANNEL...]", Usage: "print the SQL that makes OUTBOX_TABLE, for psql or a migration; inserts on these channels do not NOTIFY", Run: printSchema},
 		{Flags: "-outbox-list", Operands: "[" + states + "] [ID...|CHANNEL|all]",
-			Usage: "show rows of OUTBOX_TABLE, without payloads: as columns on a terminal, otherwise as lines of JSON", Run: operate(outbox.Operator.List)},
+			Usage: "show rows of OUTBOX_TABLE, without payloads: as columns on a terminal, otherwise as lines of JSON", Run: operate(outbox.List)},
 		{Flags: "-outbox-retry", Operands: "[-n] ID...|CHANNEL|all",
-			Usage: "make rows due now that have failed or are to be tried again later; -n only says which", Run: operate(outbox.Operator.Retry)},
+			Usage: "make rows due now that have failed or are to be tried again later; -n only says which", Run: operate(outbox.Retry)},
 		{Flags: "-outbox-purge", Operands: "[-n] ID...|CHANNEL|all",
-			Usage: "delete rows that have failed; -n only says which", Run: operate(outbox.Operator.Purge)},
+			Usage: "delete rows that have failed; -n only says which", Run: operate(outbox.Purge)},
 		{Flags: "-trigger", Operands: trigger.Operands, Usage: "print the SQL of a trigger that puts each change of TABLE into the outbox, for psql or a migration", Run: printTrigger},
 		// end: outbox
 		// begin: health
@@ -202,16 +202,16 @@ func printSchema(_ context.Context, e cli.Env) int {
 }
 
 // operate makes a command of one that a person gives about rows.
-func operate(command func(outbox.Operator, context.Context) int) func(context.Context, cli.Env) int {
+func operate(command outbox.Command) func(context.Context, cli.Env) int {
 	return func(ctx context.Context, e cli.Env) int {
 		cfg, ok := outboxVariables(e, "OUTBOX_TABLE", "PING_TIMEOUT", "DATABASE_URL", "PGSERVICE", "PG*")
 		if !ok {
 			return cli.Usage
 		}
-		return command(outbox.Operator{
+		return outbox.Operator{
 			DSN: cfg.dsn(), Table: cfg.Channel.Outbox.Table, Timeout: cfg.Listener.PingTimeout,
-			Operands: e.Operands, Stdout: e.Stdout, Stderr: e.Stderr,
-		}, ctx)
+			Operands: e.Operands, Stdout: e.Stdout, Stderr: e.Stderr, Fail: e.Fail,
+		}.Run(ctx, command)
 	}
 }
 

@@ -11,15 +11,14 @@ import (
 
 // claim fetches due rows until stop ends.
 func (o *Outbox) claim(stop context.Context) {
-	expiry := time.NewTicker(o.margin / 2)
-	defer expiry.Stop()
+	expiry := time.Tick(o.margin / 2)
 	var failures retry.Failures
 	pause := retry.Backoff{Min: 100 * time.Millisecond, Max: 5 * time.Second}
 	stalled := 0 // times in a row that rows were due and could not be had
 	for stop.Err() == nil {
 		room, wait := o.room()
 		if room == 0 {
-			o.await(stop, expiry.C, o.taken, wait)
+			o.await(stop, expiry, o.taken, wait)
 			continue
 		}
 		claimed, next, err := o.fetch(room)
@@ -41,7 +40,7 @@ func (o *Outbox) claim(stop context.Context) {
 			continue
 		}
 		// Somebody else has locked what is due, and may hold it for long.
-		o.await(stop, expiry.C, o.wake, max(next, pause.After(stalled), time.Millisecond))
+		o.await(stop, expiry, o.wake, max(next, pause.After(stalled), time.Millisecond))
 	}
 }
 
@@ -90,11 +89,10 @@ const scheduleKey = "pglistener schedule"
 // await waits until something is said on c, stop ends, or d has passed. Meanwhile it gives back what has been claimed for too
 // long.
 func (o *Outbox) await(stop context.Context, expiry <-chan time.Time, c <-chan struct{}, d time.Duration) {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
+	timer := time.After(d)
 	for {
 		select {
-		case <-timer.C:
+		case <-timer:
 			return
 		case <-c:
 			return

@@ -2,7 +2,9 @@ package outbox
 
 import (
 	"context"
+	"database/sql"
 	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/lib/pq"
@@ -19,24 +21,23 @@ type doorbell struct{ *Outbox }
 // NewDoorbell makes a handler for a doorbell with a schedule. The row stands under a channel of its own, for a NOTIFY about the
 // row is no ring.
 func NewDoorbell(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (notify.Handler, error) {
+	channel := setup.Channel
+	setup.Channel = scheduleChannel(channel)
+	o, err := New(h, pool, options, setup)
+	if err != nil {
+		return nil, err
+	}
 	turn := make(chan struct{}, 1)
-	exclusive := func(ctx context.Context, n notify.Notification) error {
+	o.handle = func(ctx context.Context, n notify.Notification) error {
 		select {
 		case turn <- struct{}{}:
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 		defer func() { <-turn }()
-		n.Channel = setup.Channel
+		n.Channel = channel
 		return h.Handle(ctx, n)
 	}
-	own := setup
-	own.Channel = scheduleChannel(setup.Channel)
-	o, err := New(h, pool, options, own)
-	if err != nil {
-		return nil, err
-	}
-	o.handle = exclusive
 	return doorbell{o}, nil
 }
 
@@ -49,14 +50,7 @@ func scheduleChannel(doorbell string) string { return notify.Cut(doorbell, 54) +
 // ForgetSchedules deletes the rows that are left of doorbells whose schedule was taken away; tables are by their channels. It
 // works on a goroutine of its own, which end waits for, and tries once: what is left over does no harm but a warning.
 func ForgetSchedules(dsn string, timeout time.Duration, tables map[string]string, log *slog.Logger) (end func()) {
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		db, err := pgconn.OpenDB(dsn, timeout)
-		if err != nil {
-			return // the listener says so
-		}
-		defer db.Close()
+	forget := func(_ context.Context, db *sql.DB) error {
 		for channel, name := range tables {
 			t, err := parseTable(name)
 			if err != nil {
@@ -70,9 +64,12 @@ func ForgetSchedules(dsn string, timeout time.Duration, tables map[string]string
 			log.Warn("could not look for what is left of a schedule that was taken away; delete the row of that key if there is one",
 				"channel", channel, "key", scheduleKey, "error", s.explain(err))
 			if pq.As(err) == nil {
-				return // the server is not there, and would not be for the others
+				return err // the server is not there, and would not be for the others
 			}
 		}
-	}()
-	return func() { <-ended }
+		return nil
+	}
+	var w sync.WaitGroup
+	w.Go(func() { _ = pgconn.Once(dsn, timeout, forget) }) // it has said why not, or the listener does
+	return w.Wait
 }

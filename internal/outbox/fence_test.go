@@ -80,7 +80,7 @@ func TestFenceSeesEveryClaim(t *testing.T) {
 	}
 	end(ending{job: run, runAt: time.Now().Add(time.Hour)}, lost)
 	held(next)
-	if ids, err := s.alive([]int64{next.id}); err != nil || !slices.Equal(ids, []int64{next.id}) {
+	if _, ids, err := s.count([]int64{next.id, next.id + 1}); err != nil || !slices.Equal(ids, []int64{next.id}) {
 		t.Errorf("alive: %v, %v", ids, err)
 	}
 }

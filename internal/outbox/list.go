@@ -3,8 +3,6 @@ package outbox
 import (
 	"database/sql"
 	"fmt"
-	"io"
-	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -25,49 +23,39 @@ const (
 
 // list shows the rows of what: columns on a terminal, otherwise lines of JSON.
 func (p Operator) list(s store, what selection) error {
-	limit, columns := programRows, false
+	limit, columns, out := programRows, tabwriter.NewWriter(p.Stdout, 0, 0, 2, ' ', 0), p.Stdout
 	if f, ok := p.Stdout.(*os.File); ok {
 		if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
-			limit, columns = screenRows, true
-		}
-	}
-	missing := map[int64]bool{}
-	for _, id := range what.ids {
-		missing[id] = true
-	}
-	shown, total, out := 0, 0, tabwriter.NewWriter(p.Stdout, 0, 0, 2, ' ', 0)
-	err := p.query(s, selectSQL+listSQL, true, append(what.args(limit+moreRows), limit), func(r *sql.Rows) error {
-		var id int64
-		var text string
-		var cells pq.StringArray
-		if err := r.Scan(&id, &text, &cells, &total); err != nil {
-			return err
-		}
-		delete(missing, id)
-		if shown++; !columns {
-			_, err := fmt.Fprintln(p.Stdout, printable(text))
-			return err
-		}
-		if shown == 1 {
+			limit, out = screenRows, columns
 			fmt.Fprintln(out, "ID\tCHANNEL\tSTATE\tWHEN\tATTEMPTS\tCREATED\tKEY\tSCHEDULE\tLAST ERROR")
+		}
+	}
+	shown, total, missing := 0, 0, slices.Clone(what.ids)
+	err := p.query(s, selectSQL+listSQL, true, append(what.args(limit+moreRows), limit, out == columns), func(r *sql.Rows) error {
+		var id int64
+		var cells pq.StringArray
+		if err := r.Scan(&id, &cells, &total); err != nil {
+			return err
 		}
 		for i := range cells {
 			cells[i] = printable(cells[i])
 		}
-		_, err := io.WriteString(out, strings.Join(cells, "\t")+"\n")
+		shown++
+		missing = slices.DeleteFunc(missing, func(m int64) bool { return m == id })
+		_, err := fmt.Fprintln(out, strings.Join(cells, "\t"))
 		return err
 	})
-	if err == nil {
-		err = out.Flush()
+	if err == nil && shown > 0 {
+		err = columns.Flush()
 	}
-	switch {
+	switch more := fmt.Sprintf("%d more rows are not shown; name a state, a channel or an id", total-shown); {
 	case err != nil:
 	case total >= limit+moreRows:
-		fmt.Fprintf(p.Stderr, "at least %d more rows are not shown; name a state, a channel or an id\n", total-shown)
+		fmt.Fprintln(p.Stderr, "at least", more)
 	case total > shown:
-		fmt.Fprintf(p.Stderr, "%d more rows are not shown; name a state, a channel or an id\n", total-shown)
+		fmt.Fprintln(p.Stderr, more)
 	case len(missing) > 0:
-		fmt.Fprintln(p.Stderr, "not found: "+count(slices.Collect(maps.Keys(missing))))
+		fmt.Fprintln(p.Stderr, "not found: "+count(missing))
 		return errPartly
 	case shown == 0:
 		fmt.Fprintln(p.Stderr, "no rows; the states are failed, waiting and scheduled, and anything else but digits is a channel")

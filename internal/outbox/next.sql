@@ -1,7 +1,7 @@
--- When the next row of channel $1 after the place ($2, $3) is due, or its lease ends: in how many seconds, which may be below 0; the
+-- When the next row of channel $1 after the place ($2, $3) is due, or its lease ends: in how many seconds, from -1 to an hour; the
 -- server's time when it began to look, and how long it took.
 select extract(epoch from next - clock_timestamp())::float8, now(), extract(epoch from clock_timestamp() - now())::float8
-from (select least(
+from (select greatest(now() - interval '1 second', least(now() + interval '1 hour',
 	(select min(run_at) from {table} where channel = $1 and failed_at is null and run_at > now()),
 	(select min(coalesce(leased_until, run_at)) from {table} where channel = $1 and failed_at is null and run_at <= now()
-		and (run_at, id) > (least($2::timestamptz, now() - interval '100 milliseconds'), $3::bigint))) as next offset 0) looked
+		and (run_at, id) > (least($2::timestamptz, now() - interval '100 milliseconds'), $3::bigint)))) as next offset 0) looked

@@ -1,6 +1,7 @@
 package outbox
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -17,75 +18,76 @@ import (
 	"github.com/pglistener/pglistener/internal/pgconn"
 )
 
-// Operator is a person at the command line. Each of its methods is a command, which prints what it does and returns the exit
-// code: 0 when all is done, 1 when something is not, 2 when the operands make no sense.
+// Operator is a person at the command line.
 type Operator struct {
 	DSN, Table     string
 	Timeout        time.Duration // of every answer of the server
 	Operands       []string
 	Stdout, Stderr io.Writer
+	Fail           func(err error, code int) int // prints err and returns code
 }
 
-// Retry makes rows due that have failed or are in backoff, and rings for them.
-func (p Operator) Retry(ctx context.Context) int {
-	return p.run(false, "select, update", func(s store, what selection) error {
-		return p.change(ctx, s, what, "due now: ", retrySQL, "failed", "retrying")
-	})
+// Command is what a person can do with rows.
+type Command struct {
+	rights string   // that it needs
+	query  string   // that does it, to rows that are in one of the states; "" only shows them
+	states []string // nil is any
+	verb   string   // what it has done
 }
 
-// Purge deletes rows that have failed.
-func (p Operator) Purge(ctx context.Context) int {
-	return p.run(false, "select, update, delete", func(s store, what selection) error {
-		return p.change(ctx, s, what, "deleted: ", purgeSQL, "failed")
-	})
-}
-
-// List shows rows without their payloads, which may be secret.
-func (p Operator) List(context.Context) int { return p.run(true, "select", p.list) }
+var (
+	// Retry makes rows due that have failed or are in backoff, and rings for them.
+	Retry = Command{"select, update", statement("retry"), []string{"failed", "retrying"}, "due now: "}
+	// Purge deletes rows that have failed.
+	Purge = Command{"select, update, delete", statement("purge"), []string{"failed"}, "deleted: "}
+	// List shows rows without their payloads, which may be secret.
+	List = Command{rights: "select"}
+)
 
 // errPartly ends a command of which everything has been said.
 var errPartly = errors.New("not all was done")
 
-func (p Operator) run(list bool, rights string, command func(store, selection) error) int {
-	what, err := parseSelection(p.Operands, list)
-	fail := func(text string, code int) int {
-		fmt.Fprintln(p.Stderr, "pglistener:", printable(text))
-		return code
-	}
-	if err != nil {
-		return fail(err.Error(), 2)
-	}
-	t, err := parseTable(p.Table)
-	if err != nil {
-		return fail("OUTBOX_TABLE: "+err.Error(), 2)
+// Run does a command and prints what it does. It returns the exit code: 0 when all is done, 1 when something is not, 2 when the
+// operands make no sense.
+func (p Operator) Run(ctx context.Context, c Command) int {
+	what, err := parseSelection(p.Operands, c.query == "")
+	t, wrong := parseTable(p.Table)
+	if err = cmp.Or(err, wrong); err != nil {
+		return p.Fail(err, 2)
 	}
 	db, err := pgconn.OpenDB(p.DSN, p.Timeout)
 	if err != nil {
-		return fail("DATABASE_URL: "+err.Error(), 2)
+		return p.Fail(fmt.Errorf("DATABASE_URL: %w", err), 2)
 	}
 	defer db.Close()
 	db.SetMaxOpenConns(1)
-	s := store{db: db, table: t, rights: rights}
-	switch err := command(s, what); {
+	s := store{db: db, table: t, rights: c.rights}
+	if c.query == "" {
+		err = p.list(s, what)
+	} else {
+		err = p.change(ctx, s, what, c)
+	}
+	switch {
 	case err == nil:
 		return 0
 	case errors.Is(err, errPartly):
 		return 1
 	case pq.As(err, pqerror.LockNotAvailable) != nil:
-		return fail("an open transaction has locked the table; try again later", 1)
+		err = errors.New("an open transaction has locked the table; try again later")
 	case pgconn.IsTimeout(err):
-		return fail(fmt.Sprintf("%v: the server did not answer within PING_TIMEOUT, which is %v; PING_TIMEOUT=1m waits longer", err, p.Timeout), 1)
+		err = fmt.Errorf("%w: the server did not answer within PING_TIMEOUT, which is %v; PING_TIMEOUT=1m waits longer", err, p.Timeout)
 	default:
-		return fail(strings.ReplaceAll(s.explain(err).Error(), "\n", "; "), 1)
+		err = s.explain(err)
 	}
+	return p.Fail(errors.New(printable(strings.ReplaceAll(err.Error(), "\n", "; "))), 1)
 }
 
 // selection is what operands ask for: the rows ids, or else those of a channel, or of all.
 type selection struct {
 	states  []string // nil is any
-	ids     []int64
-	channel *string // nil: all
-	dry     bool    // only show
+	ids     []int64  // the newest first
+	channel *string  // nil: all
+	dry     bool     // only show
 }
 
 // args are the arguments of select.sql.
@@ -130,11 +132,10 @@ func parseSelection(operands []string, list bool) (what selection, err error) {
 			what.channel = &name
 		}
 	}
+	slices.SortFunc(what.ids, func(a, b int64) int { return cmp.Compare(b, a) })
+	what.ids = slices.Compact(what.ids)
 	return what, nil
 }
-
-// lockWait is how long a command waits for what an open transaction holds.
-const lockWait = 500 * time.Millisecond
 
 // query runs a statement in a transaction of its own, which waits for no lock for long, and calls each for its rows.
 func (p Operator) query(s store, query string, readOnly bool, args []any, each func(*sql.Rows) error) error {
@@ -144,8 +145,8 @@ func (p Operator) query(s store, query string, readOnly bool, args []any, each f
 	} else if err != nil {
 		return err
 	}
-	defer func() { _ = tx.Rollback() }() // of what is not committed
-	wait := strconv.FormatInt(max(1, min(lockWait, p.Timeout/2).Milliseconds()), 10)
+	defer func() { _ = tx.Rollback() }()                             // of what is not committed
+	wait := fmt.Sprint(max(1, min(500, p.Timeout.Milliseconds()/2))) // for what an open transaction holds
 	// Nobody may have analyzed a table that is in trouble: the planner is not to guess that reading all of it is cheap.
 	if _, err = tx.Exec(`select set_config('lock_timeout', $1, true), set_config('timezone', 'UTC', true), set_config('jit', 'off', true),
 		set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)`, wait); err != nil {
@@ -167,37 +168,32 @@ func (p Operator) query(s store, query string, readOnly bool, args []any, each f
 
 const batchRows = 5000 // at once, at most
 
-// find returns the ids of what, the newest first: of failed rows with one key it is the newest that counts.
-func (p Operator) find(s store, what selection) ([]int64, error) {
-	ids := slices.Clone(what.ids)
-	if ids == nil {
-		err := p.query(s, selectSQL+"select id from found", true, what.args(nil), func(r *sql.Rows) error {
+// change does c to the rows of what, the newest first: of failed rows with one key it is the newest that counts.
+func (p Operator) change(ctx context.Context, s store, what selection, c Command) error {
+	what.states = c.states
+	ids := what.ids
+	now, err := s.now()
+	if err == nil && ids == nil {
+		err = p.query(s, selectSQL+"select id from found order by id desc", true, what.args(nil), func(r *sql.Rows) error {
 			ids = append(ids, 0)
 			return r.Scan(&ids[len(ids)-1])
 		})
-		if err != nil {
-			return nil, err
-		}
 	}
-	slices.Sort(ids)
-	ids = slices.Compact(ids)
-	slices.Reverse(ids)
-	return ids, nil
-}
-
-// change does the command that query is to the rows of what that are in one of states.
-func (p Operator) change(ctx context.Context, s store, what selection, verb, query string, states ...string) error {
-	what.states = states
-	ids, err := p.find(s, what)
 	if err != nil {
 		return err
 	}
-	now, err := s.now()
-	became, waits, told, keys := map[string][]int64{}, 0, time.Now(), map[string]bool{}
-	var batch func(ids []int64) error
-	batch = func(ids []int64) error {
-		fates := map[string][]int64{}
-		err := p.query(s, query, false, []any{pq.Int64Array(ids), now, what.dry}, func(r *sql.Rows) error {
+	became, keys, all, told := map[string][]int64{}, map[string]bool{}, len(ids), time.Now()
+	for n, waits, narrowing := 100, 0, false; len(ids) > 0 && err == nil; {
+		if ctx.Err() != nil {
+			err = errors.New("interrupted; the same command goes on")
+			break
+		}
+		if time.Since(told) > 2*time.Second && len(ids) > n {
+			told = time.Now()
+			fmt.Fprintf(p.Stderr, "%d of %d\n", all-len(ids), all)
+		}
+		began, part, fates := time.Now(), ids[:min(n, len(ids))], map[string][]int64{}
+		err = p.query(s, c.query, false, []any{pq.Int64Array(part), now, what.dry}, func(r *sql.Rows) error {
 			var id int64
 			var fate, key string
 			err := r.Scan(&id, &fate, &key)
@@ -209,44 +205,27 @@ func (p Operator) change(ctx context.Context, s store, what selection, verb, que
 			return err
 		})
 		if pq.As(err, pqerror.LockNotAvailable, pqerror.UniqueViolation) != nil {
+			err = nil
 			// Somebody has written a key of these and not committed yet, or just so: go around that row.
-			if waits++; len(ids) == 1 || waits > 30 {
-				became["locked"] = append(became["locked"], ids...)
-				return nil
+			if waits++; len(part) > 1 && waits <= 30 {
+				n, narrowing = len(part)/2, true
+				continue
 			}
-			if err = batch(ids[:len(ids)/2]); err == nil {
-				err = batch(ids[len(ids)/2:])
-			}
-			return err
-		}
-		for fate, ids := range fates {
-			if err == nil {
-				became[fate] = append(became[fate], ids...)
-			}
-		}
-		return err
-	}
-	for n, rest := 100, ids; len(rest) > 0 && err == nil; {
-		if ctx.Err() != nil {
-			err = errors.New("interrupted; the same command goes on")
+			fates = map[string][]int64{"locked": part}
+		} else if err != nil {
 			break
 		}
-		if time.Since(told) > 2*time.Second {
-			told = time.Now()
-			fmt.Fprintf(p.Stderr, "%d of %d\n", len(ids)-len(rest), len(ids))
+		for fate, done := range fates {
+			became[fate] = append(became[fate], done...)
 		}
-		// As many at once as the server does in a small part of the time limit.
-		began, part := time.Now(), rest[:min(n, len(rest))]
-		err, rest = batch(part), rest[len(part):]
-		if n *= 2; time.Since(began) > p.Timeout/20 {
-			n = max(n/4, 1)
+		ids = ids[len(part):]
+		// As many at once as the server does in a small part of the time limit; half as many until the row is found that is locked.
+		narrowing = narrowing && len(part) > 1
+		if n = min(2*n, batchRows); narrowing || time.Since(began) > p.Timeout/20 {
+			n = max(len(part)/2, 1)
 		}
-		n = min(n, batchRows)
 	}
-	if partly := p.tell(verb, what.dry, what.ids != nil, became); err == nil {
-		err = partly
-	}
-	return err
+	return cmp.Or(err, p.tell(c.verb, what.dry, what.ids != nil, became))
 }
 
 // tell says what became of rows.
@@ -271,16 +250,15 @@ func (p Operator) tell(verb string, dry, named bool, became map[string][]int64) 
 
 // count is how many ids there are, and the first of them.
 func count(ids []int64) string {
-	if len(ids) == 0 {
-		return "0 rows"
-	}
 	slices.Sort(ids)
-	text, more := fmt.Sprintf("%d rows, ids ", len(ids)), ""
-	if len(ids) == 1 {
-		text = "1 row, id "
+	first := strings.Trim(fmt.Sprint(ids[:min(len(ids), 20)]), "[]")
+	switch {
+	case len(ids) == 0:
+		return "0 rows"
+	case len(ids) == 1:
+		return "1 row, id " + first
+	case len(ids) > 20:
+		first += " ..."
 	}
-	if len(ids) > 20 {
-		ids, more = ids[:20], " ..."
-	}
-	return text + strings.Trim(fmt.Sprint(ids), "[]") + more
+	return fmt.Sprintf("%d rows, ids %s", len(ids), first)
 }

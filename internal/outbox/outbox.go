@@ -7,7 +7,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -115,7 +114,7 @@ const (
 func New(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (*Outbox, error) {
 	t, err := parseTable(options.Table)
 	if err != nil {
-		return nil, fmt.Errorf("OUTBOX_TABLE: %w", err)
+		return nil, err
 	}
 	db, err := pool.acquire(setup.Channel, options.DSN, options.Timeout)
 	if err != nil {
@@ -186,20 +185,17 @@ func (o *Outbox) Run(stop, quit context.Context) {
 	o.mu.Unlock()
 	// What was not begun goes back at once, for another replica to take.
 	o.giveBack(unbegun)
-	finished := make(chan struct{})
+	busy, finished := context.WithCancel(context.Background())
 	go func() {
 		workers.Wait()
-		close(finished)
+		finished()
 	}()
 	select {
-	case <-finished:
+	case <-busy.Done():
 	case <-quit.Done():
 		// Handlers that obey their context are done in a moment, and their rows can still be written as failed; the others' rows
 		// are due again when their lease ends.
-		select {
-		case <-finished:
-		case <-time.After(2 * time.Second):
-		}
+		retry.Sleep(busy, 2*time.Second)
 	}
 	endHandler() // it may finish what it does while the results are written
 	close(written)

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/lib/pq"
+
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgconn"
 )
@@ -64,7 +66,7 @@ func (p *Pool) lookForStrangers(s store, log *slog.Logger) error {
 	if recent {
 		return nil
 	}
-	found, err := s.strangers(handled)
+	found, err := byKey[string, int](s, strangersSQL, pq.StringArray(handled))
 	if err != nil {
 		return err
 	}
@@ -88,12 +90,11 @@ func (p *Pool) findHolder(s store, log *slog.Logger) (held bool, err error) {
 	if time.Since(p.asked) < 5*time.Second {
 		return p.held, nil
 	}
-	who, snapshot, err := s.holder()
-	if err != nil {
+	var who, snapshot string
+	if err = s.db.QueryRow(holderSQL).Scan(&who, &snapshot); err != nil {
 		return false, err
 	}
 	was := p.held
-	snapshot = who + " " + snapshot
 	p.held = who != "" && snapshot == p.snapshot
 	if p.held && !was {
 		log.Warn("claims are slow because dead rows cannot be removed: somebody holds a snapshot that might still see them", "holder", who)

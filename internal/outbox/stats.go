@@ -45,23 +45,16 @@ func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 		return next, nil
 	}
 	began := time.Now()
-	var alive []int64
-	rows, err := o.store.count()
-	if err == nil && len(retrying) > 0 {
-		// Another replica, or a person, may have ended what this one has seen fail.
-		alive, err = o.store.alive(retrying)
-	}
+	rows, alive, err := o.store.count(retrying)
 	if err != nil {
 		return 0, err
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	c.rowCounts, c.counted, c.took, c.changed = rows, time.Now(), time.Since(began), false
-	for _, id := range retrying {
-		if !slices.Contains(alive, id) {
-			delete(o.health.retrying, id)
-		}
-	}
+	maps.DeleteFunc(o.health.retrying, func(id int64, _ time.Time) bool { // another replica, or a person, may have ended it
+		return slices.Contains(retrying, id) && !slices.Contains(alive, id)
+	})
 	return countInterval, nil
 }
 
@@ -105,19 +98,17 @@ func (o *Outbox) Stats() []notify.Stat {
 
 // oldest is since when the oldest row has been due that is known to wait, to be handled, or to be tried again. o.mu is held.
 func (o *Outbox) oldest() time.Time {
-	oldest := o.counts.oldest
-	earlier := func(t time.Time) {
-		if oldest.IsZero() || t.Before(oldest) {
-			oldest = t
-		}
-	}
-	for _, due := range o.health.retrying {
-		earlier(due)
+	known := slices.Collect(maps.Values(o.health.retrying))
+	if !o.counts.oldest.IsZero() {
+		known = append(known, o.counts.oldest)
 	}
 	if len(o.buffer) > 0 {
-		earlier(o.buffer[0].due)
+		known = append(known, o.buffer[0].due)
 	}
-	return oldest
+	if len(known) == 0 {
+		return time.Time{}
+	}
+	return slices.MinFunc(known, time.Time.Compare)
 }
 
 // Check implements notify.Checker: it says whether the table fits, and asks the handler too.
@@ -155,12 +146,6 @@ func (o *Outbox) readable(err error, hint string) {
 	if err == nil || o.health.read == nil || hint != "" {
 		o.health.read = withHint(err, hint)
 	}
-}
-
-func (o *Outbox) writable(err error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.health.write = err
 }
 
 // begins takes note that there is work; lateness counts from here if there was none. o.mu is held.

@@ -4,8 +4,7 @@ import (
 	"cmp"
 	"database/sql"
 	"embed"
-	"errors"
-	"maps"
+	"encoding/json"
 	"math"
 	"slices"
 	"strings"
@@ -46,8 +45,7 @@ var (
 	endSQL, copySQL                 = statement("end"), statement("copy")
 	countSQL, strangersSQL          = statement("count"), statement("strangers")
 	holderSQL, verifySQL, schemaSQL = statement("holder"), statement("verify"), statement("schema")
-	selectSQL, listSQL              = statement("select"), statement("list")
-	retrySQL, purgeSQL              = statement("retry"), statement("purge")
+	selectSQL, listSQL, hintSQL     = statement("select"), statement("list"), statement("hint")
 )
 
 // place is a place in the order of rows, by the server's clock. The zero place is before all rows.
@@ -76,11 +74,10 @@ func (s store) claim(n int, from place) ([]job, error) {
 	jobs := make([]job, 0, min(n, 100))
 	for rows.Next() {
 		j := job{claimed: began}
-		var runAt, due, created float64
-		if err := rows.Scan(&j.id, &j.event, &j.payload, &j.attempts, &j.schedule, &j.keyed, &j.xmin, &j.until, &runAt, &due, &created); err != nil {
+		if err := rows.Scan(&j.id, &j.event, &j.payload, &j.attempts, &j.schedule, &j.keyed, &j.xmin, &j.until,
+			(*epoch)(&j.runAt), (*epoch)(&j.due), (*epoch)(&j.created)); err != nil {
 			return nil, err
 		}
-		j.runAt, j.due, j.created = fromEpoch(runAt), fromEpoch(due), fromEpoch(created)
 		jobs = append(jobs, j)
 	}
 	// UPDATE returns rows as it comes upon them.
@@ -92,20 +89,17 @@ func (s store) claim(n int, from place) ([]job, error) {
 // none. now is the server's time when it began to look, and took how long that took.
 func (s store) nextDue(from place) (wait time.Duration, now time.Time, took time.Duration, err error) {
 	runAt, id := from.args()
-	var next sql.NullFloat64
-	var seconds float64
-	err = s.db.QueryRow(s.table.sql(nextSQL), s.channel, runAt, id).Scan(&next, &now, &seconds)
-	took = time.Duration(seconds * float64(time.Second))
-	if err != nil || !next.Valid {
-		return time.Hour, now, took, err
-	}
-	return time.Duration(max(-1, min(next.Float64, 3600)) * float64(time.Second)), now, took, nil
+	var seconds, looked float64
+	err = s.db.QueryRow(s.table.sql(nextSQL), s.channel, runAt, id).Scan(&seconds, &now, &looked)
+	return time.Duration(seconds * float64(time.Second)), now, time.Duration(looked * float64(time.Second)), err
 }
 
 // complete deletes rows that have neither key nor schedule, if they are still ours, and returns how many were. Of these rows attempts
 // never begin again.
-func (s store) complete(ids []int64, attempts int) (int, error) {
-	return s.exec(`delete from {table} where id = any($1) and attempts = $2 and lease = $3`, pq.Int64Array(ids), attempts, s.owner)
+func (s store) complete(rows []result, attempts int) (n int, err error) {
+	const query = `with done as (delete from {table} where id = any($1) and attempts = $2 and lease = $3 returning 1) select count(*) from done`
+	err = s.db.QueryRow(s.table.sql(query), column(rows, func(r result) int64 { return r.id }), attempts, s.owner).Scan(&n)
+	return n, err
 }
 
 // ending is what becomes of a row that is not simply deleted.
@@ -131,59 +125,41 @@ const (
 // handler ran is released instead. One that an open transaction has locked is left alone, so that it holds up none of the others.
 // fates are by id.
 func (s store) end(rows []ending) (fates map[int64]fate, err error) {
-	var ids, attempts pq.Int64Array
-	var waits, nexts pq.Float64Array
-	var failed pq.BoolArray
-	var texts, xmins, untils pq.StringArray
-	for _, r := range rows {
-		ids, attempts, xmins, untils = append(ids, r.id), append(attempts, int64(r.attempts)), append(xmins, r.xmin), append(untils, r.until)
-		waits, failed, texts = append(waits, r.wait.Seconds()), append(failed, r.failed), append(texts, r.text)
-		next := 0.0
-		if !r.runAt.IsZero() {
-			next = float64(r.runAt.UnixMicro()) / 1e6
-		}
-		nexts = append(nexts, next)
-	}
 	copied := "" // only whoever copies needs the right to insert
 	if slices.ContainsFunc(rows, func(r ending) bool { return r.failed && !r.runAt.IsZero() }) {
 		copied = copySQL
 	}
-	found, err := s.db.Query(s.table.sql(strings.Replace(endSQL, "{copied}", copied, 1)),
-		ids, attempts, xmins, waits, nexts, failed, texts, s.owner, untils)
-	if err != nil {
-		return nil, err
-	}
-	return byKey[int64, fate](found)
+	return byKey[int64, fate](s, strings.Replace(endSQL, "{copied}", copied, 1),
+		column(rows, func(r ending) int64 { return r.id }), column(rows, func(r ending) int { return r.attempts }),
+		column(rows, func(r ending) string { return r.xmin }), column(rows, func(r ending) string { return r.until }), s.owner,
+		column(rows, func(r ending) float64 { return r.wait.Seconds() }),
+		column(rows, func(r ending) float64 { return float64(r.runAt.UnixMicro()) / 1e6 }), // below 0 for the zero time
+		column(rows, func(r ending) bool { return r.failed }), column(rows, func(r ending) string { return r.text }))
 }
 
-// byKey reads rows of a key and a value.
-func byKey[K comparable, V any](rows *sql.Rows) (map[K]V, error) {
-	defer rows.Close()
-	all := map[K]V{}
-	for rows.Next() {
-		var key K
-		var value V
-		if err := rows.Scan(&key, &value); err != nil {
-			return nil, err
-		}
-		all[key] = value
+// column is an array of a statement: what of says of each row.
+func column[R, V any](rows []R, of func(R) V) any {
+	values := make([]V, len(rows))
+	for i, r := range rows {
+		values[i] = of(r)
 	}
-	return all, rows.Err()
+	return pq.Array(values)
+}
+
+// byKey runs a statement that returns one JSON object.
+func byKey[K comparable, V any](s store, query string, args ...any) (all map[K]V, err error) {
+	var object []byte
+	if err = s.db.QueryRow(s.table.sql(query), args...).Scan(&object); err == nil {
+		err = json.Unmarshal(object, &all)
+	}
+	return all, err
 }
 
 // giveBack undoes the claim of rows, and rings for whoever else listens. A row that was a try goes behind all that are due, so
 // that the next try is another.
 func (s store) giveBack(jobs []job) error {
-	var ids, attempts pq.Int64Array
-	var tries pq.BoolArray
-	var untils pq.StringArray
-	ring := false
-	for _, j := range jobs {
-		ids, attempts, tries, untils = append(ids, j.id), append(attempts, int64(j.attempts)), append(tries, j.try), append(untils, j.until)
-		ring = ring || !j.try
-	}
-	_, err := s.exec(giveBackSQL, ids, attempts, tries, s.owner, s.channel, ring, untils)
-	return err
+	return s.exec(giveBackSQL, column(jobs, func(j job) int64 { return j.id }), column(jobs, func(j job) int { return j.attempts }),
+		column(jobs, func(j job) bool { return j.try }), column(jobs, func(j job) string { return j.until }), s.owner, s.channel)
 }
 
 // now is the time of the server.
@@ -195,13 +171,11 @@ func (s store) now() (now time.Time, err error) {
 // keepSchedule makes sure that the channel has one row of this key with a schedule, or that it has none when the schedule is "".
 func (s store) keepSchedule(key, schedule string) error {
 	if schedule == "" {
-		_, err := s.exec(`delete from {table} where channel = $1 and key = $2 and failed_at is null`, s.channel, key)
-		return err
+		return s.exec(`delete from {table} where channel = $1 and key = $2 and failed_at is null`, s.channel, key)
 	}
-	_, err := s.exec(`insert into {table} as o (channel, key, schedule) values ($1, $2, $3)
+	return s.exec(`insert into {table} as o (channel, key, schedule) values ($1, $2, $3)
 		on conflict (channel, key) where failed_at is null
 		do update set schedule = excluded.schedule where o.schedule is distinct from excluded.schedule`, s.channel, key, schedule)
-	return err
 }
 
 // rowCounts are this channel's rows.
@@ -210,60 +184,27 @@ type rowCounts struct {
 	oldest               time.Time // since when the oldest of those that are due has been; zero without any
 }
 
-func (s store) count() (c rowCounts, err error) {
-	var oldest sql.NullFloat64
-	err = s.db.QueryRow(s.table.sql(countSQL), s.channel).Scan(&c.due, &c.delayed, &oldest, &c.failed)
-	if oldest.Valid {
-		c.oldest = fromEpoch(oldest.Float64)
+// count also returns which of some rows are still to be handled.
+func (s store) count(retrying []int64) (c rowCounts, alive pq.Int64Array, err error) {
+	err = s.db.QueryRow(s.table.sql(countSQL), s.channel, pq.Int64Array(retrying)).Scan(&c.due, &c.delayed, (*epoch)(&c.oldest), &c.failed, &alive)
+	return c, alive, err
+}
+
+// epoch is a time of the server, scanned from its seconds since 1970, which may be minus infinity. Null leaves it zero.
+type epoch time.Time
+
+func (e *epoch) Scan(seconds any) error {
+	if s, ok := seconds.(float64); ok {
+		const bound = 1 << 40
+		*e = epoch(time.UnixMicro(int64(math.Round(max(-bound, min(s, bound)) * 1e6))))
 	}
-	return c, err
-}
-
-// fromEpoch is a time of the server, which may be minus infinity.
-func fromEpoch(seconds float64) time.Time {
-	const bound = 1 << 40
-	return time.UnixMicro(int64(math.Round(max(-bound, min(seconds, bound)) * 1e6)))
-}
-
-// alive returns which of some rows are still to be handled.
-func (s store) alive(ids []int64) ([]int64, error) {
-	var alive pq.Int64Array
-	err := s.db.QueryRow(s.table.sql("select array_agg(id) from {table} where id = any($1) and failed_at is null"), pq.Int64Array(ids)).Scan(&alive)
-	return alive, err
-}
-
-// strangers returns channels whose rows have been due for minutes although none of handled, which are those of this listener, is
-// their channel; with how many rows each has, up to a thousand. It reads one index entry a channel.
-func (s store) strangers(handled []string) (map[string]int, error) {
-	rows, err := s.db.Query(s.table.sql(strangersSQL), pq.StringArray(handled))
-	if err != nil {
-		return nil, err
-	}
-	found, err := byKey[string, int](rows)
-	maps.DeleteFunc(found, func(_ string, n int) bool { return n == 0 })
-	return found, err
-}
-
-// holder returns who has the oldest snapshot, which keeps vacuum from removing dead rows, and which snapshot; "" if nobody has one.
-func (s store) holder() (who, snapshot string, err error) {
-	err = s.db.QueryRow(holderSQL).Scan(&who, &snapshot)
-	if errors.Is(err, sql.ErrNoRows) {
-		err = nil
-	}
-	return who, snapshot, err
+	return nil
 }
 
 // fit returns why the table cannot be used.
-func (s store) fit() error {
-	_, err := s.exec(verifySQL)
-	return err
-}
+func (s store) fit() error { return s.exec(verifySQL) }
 
-func (s store) exec(query string, args ...any) (int, error) {
-	res, err := s.db.Exec(s.table.sql(query), args...)
-	if err != nil {
-		return 0, err
-	}
-	n, err := res.RowsAffected()
-	return int(n), err
+func (s store) exec(query string, args ...any) error {
+	_, err := s.db.Exec(s.table.sql(query), args...)
+	return err
 }

@@ -3,8 +3,8 @@ package outbox
 import (
 	"cmp"
 	"fmt"
+	"regexp"
 	"strings"
-	"unicode"
 	"unicode/utf8"
 
 	"github.com/lib/pq"
@@ -20,42 +20,21 @@ type table struct {
 	replacer *strings.Replacer
 }
 
+// tableName is a name, perhaps after that of a schema. Either may stand in double quotes.
+var tableName = regexp.MustCompile(`^(?:("[^"\x00]+"|[^".\x00]+)\.)?("[^"\x00]+"|[^".\x00]+)$`)
+
 // parseTable reads OUTBOX_TABLE: NAME or SCHEMA.NAME. A part that contains a dot is written in double quotes; upper and lower
 // case are kept.
 func parseTable(s string) (table, error) {
-	var parts []string
-	for rest := s; ; {
-		var part string
-		if strings.HasPrefix(rest, `"`) {
-			end := strings.Index(rest[1:], `"`)
-			if end < 0 {
-				return table{}, fmt.Errorf("%q has an open quote", s)
-			}
-			part, rest = rest[1:1+end], rest[end+2:]
-		} else {
-			end := strings.IndexByte(rest, '.')
-			if end < 0 {
-				end = len(rest)
-			}
-			part, rest = rest[:end], rest[end:]
-		}
-		if part == "" || len(part) > pgconn.MaxIdentifier || !utf8.ValidString(part) || strings.ContainsAny(part, "\x00\"") {
-			return table{}, fmt.Errorf("%q is not a table name: NAME or SCHEMA.NAME, of 1 to %d bytes each", s, pgconn.MaxIdentifier)
-		}
-		parts = append(parts, part)
-		if rest == "" {
-			break
-		}
-		if !strings.HasPrefix(rest, ".") || len(parts) == 2 {
-			return table{}, fmt.Errorf("%q is not a table name: NAME or SCHEMA.NAME", s)
-		}
-		rest = rest[1:]
+	var parts [3]string // all, the schema, the name
+	copy(parts[:], tableName.FindStringSubmatch(s))
+	name, schema, usage := strings.Trim(parts[2], `"`), strings.Trim(parts[1], `"`), ""
+	if name == "" || max(len(name), len(schema)) > pgconn.MaxIdentifier || !utf8.ValidString(s) {
+		return table{}, fmt.Errorf("OUTBOX_TABLE: %q is not a table name: NAME or SCHEMA.NAME, of 1 to %d bytes each", s, pgconn.MaxIdentifier)
 	}
-	name := parts[len(parts)-1]
-	schema, usage := "", ""
-	if len(parts) == 2 {
-		schema = pq.QuoteIdentifier(parts[0]) + "."
-		usage = ", and usage on schema " + pq.QuoteIdentifier(parts[0])
+	if schema != "" {
+		usage = ", and usage on schema " + pq.QuoteIdentifier(schema)
+		schema = pq.QuoteIdentifier(schema) + "."
 	}
 	// PostgreSQL would cut a name that is too long, perhaps to one that is taken.
 	with := func(suffix string) string {
@@ -63,14 +42,9 @@ func parseTable(s string) (table, error) {
 	}
 	return table{name: s, replacer: strings.NewReplacer(
 		"{table}", schema+pq.QuoteIdentifier(name),
-		"{due}", with("_due"),
-		"{failed}", with("_failed"),
-		"{key}", with("_key"),
-		"{schedule}", with("_schedule"),
-		"{touch}", with("_touch"),
-		"{change}", schema+with("_change"),
-		"{notify}", schema+with("_notify"),
-		"{trigger}", with("_notify"),
+		"{due}", with("_due"), "{failed}", with("_failed"), "{key}", with("_key"), // indexes
+		"{schedule}", with("_schedule"), "{touch}", with("_touch"), "{trigger}", with("_notify"), // triggers
+		"{change}", schema+with("_change"), "{notify}", schema+with("_notify"), // functions
 		"{and usage}", usage,
 		"{state}", stateSQL,
 		"{kind}", "($1::text[] is null or array[case when o.failed_at is not null then 'failed' when o.schedule is null then 'waiting' else 'scheduled' end, "+stateSQL+"] && $1)",
@@ -89,7 +63,7 @@ func (t table) sql(query string) string { return t.replacer.Replace(query) }
 func Schema(name string, swept ...string) (string, error) {
 	t, err := parseTable(cmp.Or(name, "outbox"))
 	if err != nil {
-		return "", fmt.Errorf("OUTBOX_TABLE: %w", err)
+		return "", err
 	}
 	var literals []string
 	for i, channel := range swept {
@@ -105,7 +79,7 @@ func Schema(name string, swept ...string) (string, error) {
 func SQLName(name string) (string, error) {
 	t, err := parseTable(name)
 	if err != nil {
-		return "", fmt.Errorf("OUTBOX_TABLE: %w", err)
+		return "", err
 	}
 	return t.sql("{table}"), nil
 }
@@ -113,9 +87,7 @@ func SQLName(name string) (string, error) {
 // hint says how to mend what the server objects to.
 func (s store) hint(err error) string {
 	name := s.table.name
-	if strings.ContainsFunc(name, func(r rune) bool {
-		return !strings.ContainsRune("._", r) && !unicode.IsLetter(r) && !unicode.IsDigit(r)
-	}) {
+	if regexp.MustCompile(`[^\pL\pN._]`).MatchString(name) {
 		name = "'" + strings.ReplaceAll(name, "'", `'\''`) + "'" // for the shell
 	}
 	script := `OUTBOX_TABLE=` + name + ` pglistener -outbox-schema | psql "$DATABASE_URL"`
@@ -125,16 +97,11 @@ func (s store) hint(err error) string {
 	case pq.As(err, pqerror.UndefinedTable, pqerror.UndefinedColumn, pqerror.InvalidSchemaName, pqerror.WrongObjectType, pqerror.FeatureNotSupported) == nil:
 		return pgconn.Advice(err)
 	}
-	var kind string
-	if e := s.db.QueryRow("select relkind from pg_class where oid = to_regclass($1)", s.table.sql("{table}")).Scan(&kind); e != nil {
+	var hint string
+	if s.db.QueryRow(hintSQL, s.table.sql("{table}"), s.table.name, script).Scan(&hint) != nil {
 		return "make it: " + script
 	}
-	switch kind {
-	case "r", "p":
-		return "it is older than this program, or another table: bring it up to date: " + script
-	}
-	return "OUTBOX_TABLE must be a table, and " + s.table.name + " is " + map[string]string{
-		"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence"}[kind] + "; name the table itself"
+	return hint
 }
 
 // explain is an error and what to do about it.

@@ -108,12 +108,11 @@ const lockedPause = 200 * time.Millisecond
 func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 	var failures retry.Failures
 	pause := retry.Backoff{Min: 100 * time.Millisecond, Max: 5 * time.Second}
-	again := time.NewTimer(lockedPause)
-	defer again.Stop()
+	var again <-chan time.Time
 	for ended := false; !ended; {
 		select {
 		case <-o.written:
-		case <-again.C:
+		case <-again:
 		case <-last:
 			ended = true
 		}
@@ -128,7 +127,9 @@ func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 		for len(results) > 0 {
 			rest, err := o.finish(results)
 			results = rest
-			o.writable(err)
+			o.mu.Lock()
+			o.health.write = err
+			o.mu.Unlock()
 			if err == nil {
 				failures.Reset()
 				break
@@ -144,7 +145,7 @@ func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 		}
 		o.mu.Lock()
 		if len(o.locked) > 0 {
-			again.Reset(lockedPause)
+			again = time.After(lockedPause)
 		}
 		o.mu.Unlock()
 	}
@@ -177,11 +178,7 @@ func (o *Outbox) finish(results []result) (rest []result, err error) {
 		}
 	}
 	for attempts, group := range simple {
-		ids := make([]int64, len(group))
-		for i, r := range group {
-			ids[i] = r.id
-		}
-		n, e := o.store.complete(ids, attempts)
+		n, e := o.store.complete(group, attempts)
 		if e != nil {
 			rest, err = append(rest, group...), e
 			continue
@@ -244,19 +241,16 @@ func (o *Outbox) endingOf(r result, now time.Time) ending {
 	if r.schedule == "" || r.err != nil && !e.failed {
 		return e
 	}
-	if o.options.Next == nil {
-		e.failed, e.text = true, "this listener was built without schedules"
-		return e
+	err := errors.New("this listener was built without schedules")
+	if o.options.Next != nil {
+		e.runAt, err = o.options.Next(r.schedule, r.due, now)
 	}
-	next, err := o.options.Next(r.schedule, r.due, now)
-	if err == nil && next.IsZero() {
+	if err == nil && e.runAt.IsZero() {
 		err = errors.New("it never comes")
 	}
 	if err != nil {
-		e.failed, e.text = true, notify.Cut(fmt.Sprintf("schedule %q: %v", r.schedule, err), 2000)
-		return e
+		e.runAt, e.failed, e.text = time.Time{}, true, notify.Cut(fmt.Sprintf("schedule %q: %v", r.schedule, err), 2000)
 	}
-	e.runAt = next
 	return e
 }
 
