@@ -66,9 +66,9 @@ func (h *handler) prepare(v view, old *prepared) (*prepared, error) {
 	p := &prepared{parsed: parsed, from: v, shield: strings.NewReplacer(pairs...)}
 	if old != nil && v.sameFiles(old.from) {
 		p.transport = old.transport
-	} else {
-		p.transport = newTransport(parsed.tls, h.concurrency)
+		return p, nil
 	}
+	p.transport = newTransport(parsed.tls, h.concurrency)
 	return p, nil
 }
 
@@ -91,8 +91,6 @@ func (h *handler) current(ctx context.Context) *prepared {
 	if h.reread == nil && p.from.settings.files() == [3]string{} || h.now().UnixNano() < h.lookAt.Load() {
 		return p
 	}
-	patience := time.NewTimer(lookPatience)
-	defer patience.Stop()
 	select {
 	case h.looking <- struct{}{}:
 		if h.now().UnixNano() >= h.lookAt.Load() {
@@ -100,7 +98,7 @@ func (h *handler) current(ctx context.Context) *prepared {
 			h.lookAt.Store(h.now().Add(lookEvery).UnixNano())
 		}
 		<-h.looking
-	case <-patience.C:
+	case <-time.After(lookPatience):
 		h.lookAt.Store(h.now().Add(lookEvery).UnixNano())
 	case <-ctx.Done():
 	}

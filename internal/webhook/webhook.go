@@ -155,26 +155,20 @@ func (p *prepared) fill(req *http.Request, n notify.Notification, now time.Time)
 		req.Body, _ = req.GetBody()
 	}
 	req.Header = make(http.Header, len(p.header)+8)
-	values := make([]string, 0, 8)
-	set := func(name, value string) {
-		values = append(values, value)
-		req.Header[name] = values[len(values)-1 : len(values) : len(values)]
-	}
 	maps.Copy(req.Header, p.header)
 	contentType := "text/plain; charset=utf-8"
 	if json.Valid(body) {
 		contentType = "application/json"
 	}
-	set("Content-Type", contentType)
-	set("Webhook-Id", id)
-	set("Webhook-Timestamp", timestamp)
-	set("Pglistener-Channel", url.PathEscape(n.Channel)) // any text may be a channel's name
-	set("Pglistener-Attempt", strconv.Itoa(n.Attempt))
-	if !n.CreatedAt.IsZero() {
-		set("Pglistener-Created-At", n.CreatedAt.UTC().Format(time.RFC3339Nano))
-	}
-	if !n.RunAt.IsZero() {
-		set("Pglistener-Run-At", n.RunAt.UTC().Format(time.RFC3339Nano))
+	req.Header.Set("Content-Type", contentType)
+	req.Header.Set("Webhook-Id", id)
+	req.Header.Set("Webhook-Timestamp", timestamp)
+	req.Header.Set("Pglistener-Channel", url.PathEscape(n.Channel)) // any text may be a channel's name
+	req.Header.Set("Pglistener-Attempt", strconv.Itoa(n.Attempt))
+	for name, at := range map[string]time.Time{"Pglistener-Created-At": n.CreatedAt, "Pglistener-Run-At": n.RunAt} {
+		if !at.IsZero() {
+			req.Header.Set(name, at.UTC().Format(time.RFC3339Nano))
+		}
 	}
 	var signatures []string
 	for _, pool := range p.macs {
@@ -185,7 +179,7 @@ func (p *prepared) fill(req *http.Request, n notify.Notification, now time.Time)
 		pool.Put(mac)
 	}
 	if len(signatures) > 0 {
-		set("Webhook-Signature", strings.Join(signatures, " "))
+		req.Header.Set("Webhook-Signature", strings.Join(signatures, " "))
 	}
 }
 
