@@ -113,20 +113,15 @@ func (h *handler) take(p *program, line []byte, tooLong bool) {
 		id, problem, result = h.understand(line)
 	}
 	h.mu.Lock()
-	it := h.items[id]
-	taken := problem == "" && it != nil && it.program == p
-	if taken {
+	if it := h.items[id]; problem == "" && it != nil && it.program == p {
 		p.answers++
 		h.answers++
 		h.finish(it, result)
-	} else {
-		h.notUnderstood++
-	}
-	first := h.notUnderstood == 1
-	h.mu.Unlock()
-	if taken {
+		h.mu.Unlock()
 		return
 	}
+	h.notUnderstood++
+	h.mu.Unlock()
 	problem = cmp.Or(problem, "an id that is not in flight: unknown, or answered before")
 	lines, shouldLog := h.noise.Count(problem)
 	if !shouldLog {
@@ -136,7 +131,7 @@ func (h *handler) take(p *program, line []byte, tooLong bool) {
 	if h.setup.LogPayloads {
 		attrs = append(attrs, "line", strings.ToValidUTF8(notify.Cut(string(bytes.TrimSpace(line[:min(len(line), 300)])), 200), "?"))
 	}
-	if first {
+	if lines == 1 {
 		attrs = append(attrs, "hint", `stdout is for answers only, each a line such as {"id":"...","ok":true}; write logs to stderr`)
 	}
 	h.setup.Log.Warn("a line of the program is no answer", attrs...)
