@@ -14,10 +14,8 @@ import (
 // never blocks for long.
 type supervisor struct {
 	conn     net.Conn
-	watchdog time.Duration // WatchdogSec; 0 when there is none
-	status   string        // as told last
-	ready    bool          // has been told
-	stopping bool          // has been told
+	watchdog time.Duration     // WatchdogSec; 0 when there is none
+	told     map[string]string // the last value of each variable but WATCHDOG
 	log      *slog.Logger
 }
 
@@ -32,7 +30,7 @@ func Start(preset time.Duration, lookup func(string) (string, bool), log *slog.L
 }
 
 func connect(lookup func(string) (string, bool), log *slog.Logger) *supervisor {
-	s := &supervisor{log: log}
+	s := &supervisor{log: log, told: map[string]string{}}
 	path, _ := lookup("NOTIFY_SOCKET")
 	if path == "" {
 		return s
@@ -62,28 +60,21 @@ func (s *supervisor) beat(listening, stopping bool, notReady error) {
 	if s.watchdog > 0 {
 		message = "WATCHDOG=1\n"
 	}
-	if listening && !s.ready {
-		s.ready = true
-		message += "READY=1\n"
+	tell := func(when bool, name, value string) {
+		if when && s.told[name] != value {
+			s.told[name] = value
+			message += name + "=" + value + "\n"
+		}
 	}
-	if stopping && !s.stopping {
-		s.stopping = true
-		message += "STOPPING=1\n"
-	}
-	status := "listening"
+	tell(listening, "READY", "1")
+	tell(stopping, "STOPPING", "1")
+	tell(notReady == nil, "STATUS", "listening")
 	if notReady != nil {
-		status = "not ready: " + strings.ReplaceAll(notReady.Error(), "\n", "; ") // each line is a statement of its own
+		tell(true, "STATUS", "not ready: "+strings.ReplaceAll(notReady.Error(), "\n", "; ")) // each line is a statement of its own
 	}
-	if status != s.status {
-		s.status = status
-		message += "STATUS=" + status + "\n"
+	if message == "" {
+		return
 	}
-	if message != "" {
-		s.tell(message)
-	}
-}
-
-func (s *supervisor) tell(message string) {
 	// It is a datagram to a local socket; a systemd that does not read must not hold up the loop.
 	_ = s.conn.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 	if _, err := s.conn.Write([]byte(message)); err != nil {
