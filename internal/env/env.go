@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -84,13 +85,10 @@ func Merge(problems, more []error) []error {
 // Prefix is what stands before the name of a variable that is for one channel alone: the channel in upper case, with an
 // underscore for all that is neither letter nor digit.
 func Prefix(channel string) string {
-	return strings.Map(func(r rune) rune {
-		if r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
-			return r
-		}
-		return '_'
-	}, strings.ToUpper(channel)) + "_"
+	return notInPrefix.ReplaceAllString(strings.ToUpper(channel), "_") + "_"
 }
+
+var notInPrefix = regexp.MustCompile(`[^A-Z0-9]`)
 
 // IsSet says whether a variable is set, for a channel if that is not "", or for all.
 func IsSet(lookup Lookuper, channel, name string) bool {

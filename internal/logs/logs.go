@@ -24,9 +24,7 @@ func New(s Settings, w io.Writer) *slog.Logger { return slog.New(newHandler(s, w
 func Open(s Settings, out io.Writer) (*slog.Logger, *Writer) {
 	w := newWriter(out, func(n uint64) []byte {
 		var line bytes.Buffer
-		r := slog.NewRecord(time.Now(), slog.LevelWarn, "log lines were dropped because stderr was not read", 0)
-		r.Add("dropped", n)
-		_ = newHandler(s, &line).Handle(context.Background(), r) // a Buffer does not fail
+		New(Settings{Format: s.Format}, &line).Warn("log lines were dropped because stderr was not read", "dropped", n)
 		return line.Bytes()
 	})
 	f := &formatter{lock: make(chan struct{}, 1)}
