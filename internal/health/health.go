@@ -42,12 +42,12 @@ type Server struct {
 
 // Serve serves the address of the settings on a goroutine of its own, or does nothing if there is none. root answers GET / unless
 // it is nil, version is shown as a metric's label, more adds figures. The Server is never nil.
-func Serve(settings Settings, root http.Handler, source Source, version string, log *slog.Logger, more ...notify.Meter) (*Server, error) {
+func Serve(at Settings, root http.Handler, source Source, version string, log *slog.Logger, more ...notify.Meter) (*Server, error) {
 	s := &Server{}
-	if settings.Addr == "" {
+	if at.Addr == "" {
 		return s, nil
 	}
-	ln, err := net.Listen("tcp", settings.Addr)
+	ln, err := net.Listen("tcp", at.Addr)
 	if err != nil {
 		return s, fmt.Errorf("HTTP_ADDR: %w", err)
 	}
@@ -98,8 +98,7 @@ func Ask(lookup func(string) (string, bool), path string, stdout io.Writer) (cod
 	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
 		host = "localhost"
 	}
-	client := http.Client{Timeout: 3 * time.Second}
-	res, err := client.Get("http://" + net.JoinHostPort(host, port) + path)
+	res, err := (&http.Client{Timeout: 3 * time.Second}).Get("http://" + net.JoinHostPort(host, port) + path)
 	if err != nil {
 		fmt.Fprintln(stdout, "no answer:", err)
 		return 1
