@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"log/slog"
 	"maps"
 	"net"
 	"net/http"
@@ -105,14 +104,12 @@ func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 	answer := io.LimitReader(res.Body, maxAnswer)
 	if res.StatusCode/100 == 2 {
 		_, _ = io.Copy(io.Discard, answer)
-		if h.setup.Log.Enabled(ctx, slog.LevelDebug) {
-			h.setup.Log.Debug("delivered", "id", n.ID(), "attempt", n.Attempt, "status", res.StatusCode)
-		}
+		h.setup.Log.Debug("delivered", "id", n.ID(), "attempt", n.Attempt, "status", res.StatusCode)
 		return nil
 	}
 	err = fmt.Errorf("%s: status %d", h.shown, res.StatusCode)
 	if text, _ := io.ReadAll(answer); h.setup.LogPayloads {
-		err = fmt.Errorf("%w: %q", err, notify.Cut(p.mask(strings.TrimSpace(string(text))), shownAnswer))
+		err = fmt.Errorf("%w: %q", err, p.show(string(text)))
 	}
 	switch res.StatusCode {
 	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
@@ -135,7 +132,7 @@ func (h *handler) unanswered(ctx context.Context, err error, written bool, p *pr
 	case errors.As(err, &network), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), cause != nil && errors.Is(err, cause):
 		return fmt.Errorf("%s: %w", h.shown, err)
 	case h.setup.LogPayloads:
-		return fmt.Errorf("%s: no valid answer: %s", h.shown, notify.Cut(p.mask(err.Error()), shownAnswer))
+		return fmt.Errorf("%s: no valid answer: %s", h.shown, p.show(err.Error()))
 	}
 	return fmt.Errorf("%s: no valid answer (not shown: it may repeat the payload)", h.shown)
 }
@@ -144,9 +141,7 @@ func (h *handler) unanswered(ctx context.Context, err error, written bool, p *pr
 // timestamp is that of this attempt.
 func (p *prepared) fill(req *http.Request, n notify.Notification, now time.Time) {
 	id, timestamp := n.ID(), strconv.FormatInt(now.Unix(), 10)
-	// What is signed ends with the body.
-	signed := make([]byte, 0, len(id)+len(timestamp)+len(n.Payload)+2)
-	signed = append(append(append(append(append(signed, id...), '.'), timestamp...), '.'), n.Payload...)
+	signed := []byte(id + "." + timestamp + "." + n.Payload)
 	body := signed[len(signed)-len(n.Payload):]
 
 	req.Body = http.NoBody
