@@ -24,8 +24,8 @@ const (
 //
 // A write(2) that blocks cannot be cancelled: an inherited stderr has no deadlines, and O_NONBLOCK would change it for everybody
 // who shares it. So the writes are made by one goroutine, to which a caller hands its line and then waits with a bound. That
-// costs 1 to 2 µs a line: two switches, which the scheduler mostly makes on the same thread, a timer and a channel. Cheaper would be a
-// caller that writes for itself, but then the first one that finds the pipe full is lost, and it may be the listener's loop.
+// costs 2 to 3 µs a line: two switches, which the scheduler mostly makes on the same thread, a timer and a channel. Cheaper would
+// be a caller that writes for itself, but then the first one that finds the pipe full is lost, and it may be the listener's loop.
 type Writer struct {
 	out    io.Writer             // out and torn are used only by run's goroutine
 	torn   bool                  // the last write ended within a line
