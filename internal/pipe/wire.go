@@ -27,15 +27,12 @@ type request struct {
 // appendRequest appends the line for a notification. What some library takes for the end of a line is escaped, and what is not
 // UTF-8 replaced.
 func appendRequest(b []byte, id string, n *notify.Notification) []byte {
-	out, before := bytes.NewBuffer(b), len(b)
+	out := bytes.NewBuffer(b)
 	e := json.NewEncoder(out)
 	e.SetEscapeHTML(false)
 	_ = e.Encode(request{id, n.Channel, n.Payload, n.Attempt, proc.Stamp(n.CreatedAt), proc.Stamp(n.RunAt)}) // strings do not fail
-	b = out.Bytes()
-	if nel := []byte("\u0085"); bytes.Contains(b[before:], nel) { // the only one that encoding/json leaves as it is
-		b = append(b[:before], bytes.ReplaceAll(b[before:], nel, []byte(`\u0085`))...)
-	}
-	return b
+	// The one end of a line that encoding/json leaves as it is.
+	return append(b, bytes.ReplaceAll(out.Bytes()[len(b):], []byte("\u0085"), []byte(`\u0085`))...)
 }
 
 // answer is a line that the program writes.
