@@ -238,8 +238,8 @@ func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error
 	var root http.Handler                                    // feature: health
 	root, ends = startPage(l, p)                             // feature: page
 	// begin: health
-	end, err := health.Start(p.cfg.Features.Health, root, l, cli.Version(), p.log, p.lines)
-	ends = append(ends, end)
+	server, err := health.Serve(p.cfg.Features.Health, root, l, cli.Version(), p.log, p.lines)
+	ends = append(ends, server.Close)
 	// end: health
 	// begin: schedule outbox
 	plain := map[string]string{} // doorbells without a schedule, with the table that may hold what is left of one

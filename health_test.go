@@ -28,14 +28,14 @@ import (
 // web serves a Listener's health and returns a function that gets a path.
 func (r *running) web(t *testing.T) func(path string) (code int, body string) {
 	t.Helper()
-	h, err := health.Serve("127.0.0.1:0", nil, r.listener, cli.Version(), r.Logger())
+	h, err := health.Serve(health.Settings{Addr: "127.0.0.1:0"}, nil, r.listener, cli.Version(), r.Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(h.Close)
 	return func(path string) (int, string) {
 		t.Helper()
-		return get(t, "http://"+h.Addr()+path)
+		return get(t, "http://"+h.Addr+path)
 	}
 }
 
@@ -156,7 +156,7 @@ func TestMetricsCountFaults(t *testing.T) {
 func TestHealthIsReadOnly(t *testing.T) {
 	t.Parallel()
 	r := start(t, fast(testkit.DSN(t), testkit.ChannelName(t)+"=test"), nil).listening(t)
-	h, err := health.Serve("127.0.0.1:0", nil, r.listener, cli.Version(), r.Logger())
+	h, err := health.Serve(health.Settings{Addr: "127.0.0.1:0"}, nil, r.listener, cli.Version(), r.Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -166,7 +166,7 @@ func TestHealthIsReadOnly(t *testing.T) {
 		http.MethodPost: http.StatusMethodNotAllowed, http.MethodDelete: http.StatusMethodNotAllowed,
 	} {
 		for _, path := range []string{"/livez", "/metrics"} {
-			req, err := http.NewRequestWithContext(t.Context(), method, "http://"+h.Addr()+path, nil)
+			req, err := http.NewRequestWithContext(t.Context(), method, "http://"+h.Addr+path, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -181,7 +181,7 @@ func TestHealthIsReadOnly(t *testing.T) {
 		}
 	}
 	// A client that never finishes its request is let go.
-	c, err := net.Dial("tcp", h.Addr())
+	c, err := net.Dial("tcp", h.Addr)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -116,15 +116,13 @@ func (r *report) delivery(ctx context.Context, in Input, mute string) {
 	roundTrip, listened, err := in.Listen(ctx)
 	switch {
 	case !listened && mute != "":
-		r.line(fmt.Errorf("%s: %w", mute, err), "listen", "")
-		return
-	case !listened:
-		r.line(err, "listen", "")
-		return
-	case !in.Probes:
-		r.line(nil, "probe", "turned off by PROBE_INTERVAL=0: delivery is not proven")
-	default:
+		err = fmt.Errorf("%s: %w", mute, err)
+	case listened && in.Probes:
 		r.line(err, "probe", "there and back in "+roundTrip.Round(time.Microsecond).String())
+		err = nil
+	case listened:
+		r.line(nil, "probe", "turned off by PROBE_INTERVAL=0: delivery is not proven")
+		err = nil
 	}
-	r.line(nil, "listen", strings.Join(in.Channels, ", "))
+	r.line(err, "listen", strings.Join(in.Channels, ", "))
 }

@@ -191,18 +191,15 @@ func Words(s string) (words []string, err error) {
 	var word []byte
 	quote, inWord := byte(0), false
 	for i := 0; i < len(s); i++ {
-		c := s[i]
-		switch {
+		switch c := s[i]; {
 		case quote != 0 && c == quote:
 			quote = 0
 		case c == '\\' && quote != '\'' && i+1 < len(s) && (quote == 0 || s[i+1] == '"' || s[i+1] == '\\'):
 			i++
 			word, inWord = append(word, s[i]), true
-		case quote != 0:
-			word = append(word, c)
-		case c == '\'' || c == '"':
+		case quote == 0 && (c == '\'' || c == '"'):
 			quote, inWord = c, true
-		case strings.IndexByte(" \t\r\n", c) >= 0:
+		case quote == 0 && strings.IndexByte(" \t\r\n", c) >= 0:
 			if inWord {
 				words, word, inWord = append(words, string(word)), nil, false
 			}

@@ -2,6 +2,7 @@ package env
 
 import (
 	"errors"
+	"maps"
 	"net/url"
 	"os"
 	"regexp"
@@ -21,7 +22,8 @@ var runtimeParameter = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.]*$`)
 // a setting; none of these is ever part of the error (DESIGN facts 4 and 20). An empty string means the PG* variables, one of
 // which must be set then. It reads the PG* variables and the service file, as lib/pq does.
 func CheckDSN(dsn string, lookup Lookuper) (name string, err error) {
-	if dsn == "" && !anySet(lookup, "PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE") {
+	isSet := func(name string) bool { return IsSet(lookup, "", name) }
+	if dsn == "" && !slices.ContainsFunc([]string{"PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE"}, isSet) {
 		return "DATABASE_URL", errors.New("not set, nor any of PGHOST, PGDATABASE, PGSERVICE; set it to postgres://user:password@host:port/database")
 	}
 	if _, err := pq.NewConfig(""); err != nil {
@@ -35,31 +37,19 @@ func CheckDSN(dsn string, lookup Lookuper) (name string, err error) {
 	if err != nil {
 		return "DATABASE_URL", pgconn.ErrBadDSN
 	}
-	for key := range cfg.Runtime {
-		if !runtimeParameter.MatchString(key) {
-			return "DATABASE_URL", pgconn.ErrBadDSN
-		}
-	}
+	keys := slices.Collect(maps.Keys(cfg.Runtime))
 	if u, err := url.Parse(dsn); err == nil && strings.HasPrefix(u.Scheme, "postgres") {
 		// A "/", "?" or "#" in a password ends the host part early.
 		beforeQuery, _, _ := strings.Cut(dsn, "?")
 		if u.Fragment != "" || strings.Contains(beforeQuery, "@") && u.User == nil || strings.Count(u.EscapedPath(), "/") > 1 {
 			return "DATABASE_URL", pgconn.ErrBadDSN
 		}
-		for key := range u.Query() {
-			if !runtimeParameter.MatchString(key) {
-				return "DATABASE_URL", pgconn.ErrBadDSN
-			}
-		}
+		keys = slices.AppendSeq(keys, maps.Keys(u.Query()))
+	}
+	if slices.ContainsFunc(keys, func(key string) bool { return !runtimeParameter.MatchString(key) }) {
+		return "DATABASE_URL", pgconn.ErrBadDSN
 	}
 	return "", nil
-}
-
-func anySet(lookup Lookuper, names ...string) bool {
-	return slices.ContainsFunc(names, func(name string) bool {
-		value, _ := lookup(name)
-		return value != ""
-	})
 }
 
 // WithDefaults adds what holds unless the connection string, the PG* variables or the service file say otherwise: the name that

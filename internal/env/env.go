@@ -3,11 +3,13 @@
 package env
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
 	"os"
 	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -83,19 +85,24 @@ func Merge(problems, more []error) []error {
 // Prefix is what stands before the name of a variable that is for one channel alone: the channel in upper case, with an
 // underscore for all that is neither letter nor digit.
 func Prefix(channel string) string {
-	return strings.Map(func(r rune) rune {
-		if r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
-			return r
-		}
-		return '_'
-	}, strings.ToUpper(channel)) + "_"
+	return notInPrefix.ReplaceAllString(strings.ToUpper(channel), "_") + "_"
 }
+
+var notInPrefix = regexp.MustCompile(`[^A-Z0-9]`)
 
 // IsSet says whether a variable is set, for a channel if that is not "", or for all.
 func IsSet(lookup Lookuper, channel, name string) bool {
 	own, _ := lookup(Prefix(channel) + name)
 	value, _ := lookup(name)
 	return own != "" || value != ""
+}
+
+// hints say what a variable of a type must be; every string is one.
+var hints = map[reflect.Type]string{
+	reflect.TypeFor[int]():           "a whole number",
+	reflect.TypeFor[bool]():          "true or false",
+	reflect.TypeFor[time.Duration](): "a duration such as 500ms, 10s or 1m30s",
+	reflect.TypeFor[Bytes]():         "a size such as 500KB, 64MB or 1GB",
 }
 
 type decoder struct {
@@ -139,16 +146,7 @@ func (d *decoder) decode() []error {
 		}
 		bad[last] = true
 		value, _ := d.lookup(d.names[last])
-		hint := "a whole number"
-		switch v.field.Type {
-		case reflect.TypeFor[bool]():
-			hint = "true or false"
-		case reflect.TypeFor[time.Duration]():
-			hint = "a duration such as 500ms, 10s or 1m30s"
-		case reflect.TypeFor[Bytes]():
-			hint = "a size such as 500KB, 64MB or 1GB"
-		}
-		problems = append(problems, fmt.Errorf("%s: %q is not %s", d.names[last], value, hint))
+		problems = append(problems, fmt.Errorf("%s: %q is not %s", d.names[last], value, hints[v.field.Type]))
 	}
 }
 
@@ -182,18 +180,18 @@ func (v Variable) find(lookup Lookuper, name string) (string, error) {
 	if path = Unquote(path); !v.File || path == "" {
 		return value, nil
 	}
-	if value != "" {
-		return "", fmt.Errorf("%s_FILE: %s is set too; set one of them", name, name)
-	}
 	data, err := readSmall(path)
+	text := strings.TrimRight(string(data), "\r\n")
+	switch {
+	case value != "":
+		err = fmt.Errorf("%s is set too; set one of them", name)
+	case err == nil && text == "":
+		err = fmt.Errorf("%q is empty", path)
+	}
 	if err != nil {
 		return "", fmt.Errorf("%s_FILE: %w", name, err)
 	}
-	value = strings.TrimRight(string(data), "\r\n")
-	if value == "" {
-		return "", fmt.Errorf("%s_FILE: %q is empty", name, path)
-	}
-	return value, nil
+	return text, nil
 }
 
 // Unquote removes one pair of quotes around a whole value: docker's --env-file keeps those that a shell and systemd need around
@@ -229,43 +227,36 @@ func readSmall(path string) ([]byte, error) {
 
 // outOfRange checks the tags oneof, min and max of every variable that is not bad already.
 func (d *decoder) outOfRange(bad map[string]bool) (problems []error) {
-	report := func(v Variable, format string, args ...any) {
-		problems = append(problems, fmt.Errorf(d.names[v.Name]+": "+format, args...))
-	}
 	for _, v := range Variables(d.target) {
-		if bad[v.Name] {
-			continue
-		}
-		least, hasLeast := v.field.Tag.Lookup("min")
-		most, hasMost := v.field.Tag.Lookup("max")
+		least, most := v.field.Tag.Get("min"), v.field.Tag.Get("max")
+		words := strings.Fields(v.field.Tag.Get("oneof"))
+		wrong := ""
 		switch value := v.value.Interface().(type) {
 		case string:
-			if words := strings.Fields(v.field.Tag.Get("oneof")); len(words) > 0 && !slices.Contains(words, value) {
-				report(v, "%q is not one of %s", value, strings.Join(words, ", "))
+			if len(words) > 0 && !slices.Contains(words, value) {
+				wrong = fmt.Sprintf("%q is not one of %s", value, strings.Join(words, ", "))
 			}
 		case int:
-			low, high := 1, 1_000_000
-			if hasLeast {
-				low, _ = strconv.Atoi(least)
-			}
-			if hasMost {
-				high, _ = strconv.Atoi(most)
-			}
+			low, _ := strconv.Atoi(cmp.Or(least, "1"))
+			high, _ := strconv.Atoi(cmp.Or(most, "1000000"))
 			if value < low {
-				report(v, "%d is less than %d", value, low)
+				wrong = fmt.Sprintf("%d is less than %d", value, low)
 			} else if value > high {
-				report(v, "%d is more than %d", value, high)
+				wrong = fmt.Sprintf("%d is more than %d", value, high)
 			}
 		case Bytes:
 			if value < 1<<20 {
-				report(v, "it is less than 1MB")
+				wrong = "it is less than 1MB"
 			}
 		case time.Duration:
-			if value < 0 || value == 0 && !hasLeast {
-				report(v, "%v is not positive; write a duration such as 10s", value)
+			if value < 0 || value == 0 && least == "" {
+				wrong = fmt.Sprintf("%v is not positive; write a duration such as 10s", value)
 			} else if value > 366*24*time.Hour {
-				report(v, "%v is more than a year", value)
+				wrong = fmt.Sprintf("%v is more than a year", value)
 			}
+		}
+		if wrong != "" && !bad[v.Name] {
+			problems = append(problems, fmt.Errorf("%s: %s", d.names[v.Name], wrong))
 		}
 	}
 	return problems
@@ -278,10 +269,7 @@ func (d *decoder) invalid() (problems []error) {
 		if v, ok := s.Interface().(interface{ Validate() []error }); ok {
 			for _, err := range v.Validate() {
 				name, text, _ := strings.Cut(err.Error(), ": ")
-				if used := d.names[name]; used != "" {
-					err = fmt.Errorf("%s: %s", used, text)
-				}
-				problems = append(problems, err)
+				problems = append(problems, fmt.Errorf("%s: %s", cmp.Or(d.names[name], name), text))
 			}
 		}
 		for i := range s.NumField() {
@@ -303,9 +291,8 @@ type Variable struct {
 }
 
 // Variables returns those of target, a pointer to a struct, and of the structs in it, in their order.
-func Variables(target any) []Variable { return collect(reflect.ValueOf(target).Elem()) }
-
-func collect(s reflect.Value) (all []Variable) {
+func Variables(target any) (all []Variable) {
+	s := reflect.ValueOf(target).Elem()
 	for i := range s.NumField() {
 		f := s.Type().Field(i)
 		name, options, _ := strings.Cut(f.Tag.Get("env"), ",")
@@ -316,7 +303,7 @@ func collect(s reflect.Value) (all []Variable) {
 				File: f.Tag.Get("file") != "", field: f, value: s.Field(i),
 			})
 		case f.Type.Kind() == reflect.Struct && f.IsExported():
-			all = append(all, collect(s.Field(i))...)
+			all = append(all, Variables(s.Field(i).Addr().Interface())...)
 		}
 	}
 	return all

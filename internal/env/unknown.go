@@ -9,40 +9,36 @@ import (
 // Unknown returns a warning for each variable of environ that nobody reads and that resembles one that somebody does: those of
 // target, and those of channel, which may have a channel's prefix. No value is shown.
 func Unknown(environ []string, target, channel any, routes []Route) (warnings []string) {
-	known, perChannel := names(target), append(names(channel), "HANDLER")
-	known = slices.DeleteFunc(known, func(name string) bool {
-		v, _ := variableOf(target, name)
-		return v.field.Tag.Get("only") == "channel"
-	})
+	known := names(target, "")
 	for _, r := range routes {
-		for _, name := range perChannel {
-			known = append(known, Prefix(r.Channel)+name)
-		}
+		known = append(append(known, names(channel, Prefix(r.Channel))...), Prefix(r.Channel)+"HANDLER")
 	}
 	for _, v := range slices.Sorted(slices.Values(environ)) {
 		name, value, _ := strings.Cut(v, "=")
-		if value == "" || slices.Contains(known, name) {
-			continue
-		}
+		base, isFile := strings.CutSuffix(name, "_FILE")
 		near := nearest(name, known)
-		if base, isFile := strings.CutSuffix(name, "_FILE"); isFile && slices.Contains(known, base) {
-			warnings = append(warnings, fmt.Sprintf("%s: nobody reads this variable; %s cannot come from a file", name, base))
-			continue
-		}
-		if near == "" && slices.Contains(perChannel, name) && len(routes) > 0 {
+		if near == "" && len(routes) > 0 && slices.Contains(known, Prefix(routes[0].Channel)+name) {
 			near = Prefix(routes[0].Channel) + name
 		}
-		if near != "" {
+		switch {
+		case value == "" || slices.Contains(known, name):
+		case isFile && slices.Contains(known, base):
+			warnings = append(warnings, fmt.Sprintf("%s: nobody reads this variable; %s cannot come from a file", name, base))
+		case near != "":
 			warnings = append(warnings, fmt.Sprintf("%s: nobody reads this variable; did you mean %s?", name, near))
 		}
 	}
 	return warnings
 }
 
-func names(target any) (all []string) {
+// names are those under which the variables of target are read with a prefix, or without one.
+func names(target any, prefix string) (all []string) {
 	for _, v := range Variables(target) {
-		if all = append(all, v.Name); v.File {
-			all = append(all, v.Name+"_FILE")
+		if prefix != "" || v.field.Tag.Get("only") != "channel" {
+			all = append(all, prefix+v.Name)
+		}
+		if v.File {
+			all = append(all, prefix+v.Name+"_FILE")
 		}
 	}
 	return all

@@ -31,13 +31,6 @@ func New(words []string, programs proc.Settings, s notify.Setup) (notify.Handler
 	return &handler{path: path, args: args, environ: programs.Environ(), setup: s}, nil
 }
 
-// Exit codes that mean something, from sysexits.h.
-const (
-	dataErr     = 65 // EX_DATAERR: the payload is wrong and always will be
-	unavailable = 69 // EX_UNAVAILABLE: what the program depends on is away
-	tempFail    = 75 // EX_TEMPFAIL: likewise
-)
-
 // Handle runs the program and returns an error unless it exits with 0. 65 is permanent, 69 and 75 say that what it depends on is
 // unavailable. When ctx ends, the whole process group is asked to end with SIGTERM and killed after a grace period; then, and
 // only then, Handle returns. What the program leaves running in its group is killed too, so that two runs never overlap.
@@ -71,10 +64,10 @@ func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 		return nil
 	}
 	err = fmt.Errorf("%s: %w", h.path, err)
-	switch cmd.ProcessState.ExitCode() { // -1 if it has not been started
-	case dataErr:
+	switch cmd.ProcessState.ExitCode() { // of sysexits.h; -1 if it has not been started
+	case 65: // EX_DATAERR: the payload is wrong and always will be
 		return notify.Permanent(err)
-	case unavailable, tempFail:
+	case 69, 75: // EX_UNAVAILABLE, EX_TEMPFAIL: what the program depends on is away
 		return notify.Unavailable(err)
 	}
 	return err

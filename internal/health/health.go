@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/pglistener/pglistener/internal/notify"
@@ -33,31 +34,22 @@ type Source interface {
 	notify.Meter
 }
 
-// Server serves until Close.
+// Server serves until Close. Its Addr is the address that is served, with the port that was chosen for port 0.
 type Server struct {
-	server *http.Server
-	ln     net.Listener
-	served chan struct{}
+	http.Server
+	served sync.WaitGroup
 }
 
-// Start serves the address of the settings until end is called, or does nothing if there is none. root answers GET / unless it is
-// nil; more adds figures.
-func Start(s Settings, root http.Handler, source Source, version string, log *slog.Logger, more ...notify.Meter) (end func(), err error) {
-	if s.Addr == "" {
-		return func() {}, nil
+// Serve serves the address of the settings on a goroutine of its own, or does nothing if there is none. root answers GET / unless
+// it is nil, version is shown as a metric's label, more adds figures. The Server is never nil.
+func Serve(at Settings, root http.Handler, source Source, version string, log *slog.Logger, more ...notify.Meter) (*Server, error) {
+	s := &Server{}
+	if at.Addr == "" {
+		return s, nil
 	}
-	server, err := Serve(s.Addr, root, source, version, log, more...)
+	ln, err := net.Listen("tcp", at.Addr)
 	if err != nil {
-		return nil, err
-	}
-	return server.Close, nil
-}
-
-// Serve listens on addr and serves on a goroutine of its own. version is shown as a metric's label.
-func Serve(addr string, root http.Handler, source Source, version string, log *slog.Logger, more ...notify.Meter) (*Server, error) {
-	ln, err := net.Listen("tcp", addr)
-	if err != nil {
-		return nil, fmt.Errorf("HTTP_ADDR: %w", err)
+		return s, fmt.Errorf("HTTP_ADDR: %w", err)
 	}
 	mux := http.NewServeMux()
 	if root != nil {
@@ -75,39 +67,23 @@ func Serve(addr string, root http.Handler, source Source, version string, log *s
 			Name: "pglistener_build_info", Kind: "gauge", Help: "1, with the version as a label.", Labels: []string{"version", version}, Value: 1,
 		})))
 	})
-	s := &Server{
-		// No question needs more; a slow or silent client holds little, for a short while.
-		server: &http.Server{
-			Handler:           mux,
-			ReadHeaderTimeout: 5 * time.Second,
-			ReadTimeout:       5 * time.Second,
-			WriteTimeout:      10 * time.Second,
-			IdleTimeout:       time.Minute,
-			MaxHeaderBytes:    8 << 10,
-			ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		},
-		ln:     ln,
-		served: make(chan struct{}),
-	}
-	go func() {
-		defer close(s.served)
-		_ = s.server.Serve(ln) // ends with ErrServerClosed, and with nothing else that can be helped
-	}()
-	log.Info("serving health", "addr", s.Addr())
+	// No question needs more; a slow or silent client holds little, for a short while.
+	s.Addr, s.Handler, s.MaxHeaderBytes = ln.Addr().String(), mux, 8<<10
+	s.ReadTimeout, s.WriteTimeout, s.IdleTimeout = 5*time.Second, 10*time.Second, time.Minute // the first is for the header too
+	s.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
+	s.served.Go(func() { _ = s.Serve(ln) }) // ends with ErrServerClosed, and with nothing else that can be helped
+	log.Info("serving health", "addr", s.Addr)
 	return s, nil
 }
-
-// Addr is the address that is served, with the port that was chosen for port 0.
-func (s *Server) Addr() string { return s.ln.Addr().String() }
 
 // Close stops serving and waits for the answers under way, for a second at most.
 func (s *Server) Close() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	if s.server.Shutdown(ctx) != nil {
-		s.server.Close()
+	if s.Shutdown(ctx) != nil {
+		s.Server.Close()
 	}
-	<-s.served
+	s.served.Wait()
 }
 
 // Ask asks the listener that serves HTTP_ADDR for a path, for a container's health check, where there is no curl. It prints the
@@ -122,8 +98,7 @@ func Ask(lookup func(string) (string, bool), path string, stdout io.Writer) (cod
 	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
 		host = "localhost"
 	}
-	client := http.Client{Timeout: 3 * time.Second}
-	res, err := client.Get("http://" + net.JoinHostPort(host, port) + path)
+	res, err := (&http.Client{Timeout: 3 * time.Second}).Get("http://" + net.JoinHostPort(host, port) + path)
 	if err != nil {
 		fmt.Fprintln(stdout, "no answer:", err)
 		return 1

@@ -3,6 +3,7 @@ package health
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -12,24 +13,22 @@ import (
 // Exposition writes figures in the Prometheus text format. Those of one name are brought together, as the format asks, in the
 // order in which the names first come.
 func Exposition(stats []notify.Stat) []byte {
-	var names []string
-	families := map[string][]notify.Stat{}
-	for _, s := range stats {
-		if families[s.Name] == nil {
-			names = append(names, s.Name)
+	first := map[string]int{} // where a name first comes
+	for i, s := range stats {
+		if _, known := first[s.Name]; !known {
+			first[s.Name] = i
 		}
-		families[s.Name] = append(families[s.Name], s)
 	}
 	var out bytes.Buffer
-	for _, name := range names {
-		family := families[name]
-		fmt.Fprintf(&out, "# HELP %s %s\n# TYPE %s %s\n", name, family[0].Help, name, family[0].Kind)
-		for _, s := range family {
-			if s.Kind == "histogram" {
-				writeHistogram(&out, s)
-			} else {
-				writeSample(&out, name, s.Value, s.Labels)
-			}
+	last := ""
+	for _, s := range slices.SortedStableFunc(slices.Values(stats), func(a, b notify.Stat) int { return first[a.Name] - first[b.Name] }) {
+		if s.Name != last {
+			fmt.Fprintf(&out, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", s.Name, s.Help, s.Kind)
+		}
+		if last = s.Name; s.Kind == "histogram" {
+			writeHistogram(&out, s)
+		} else {
+			writeSample(&out, s.Name, s.Value, s.Labels)
 		}
 	}
 	return out.Bytes()
@@ -54,16 +53,14 @@ var labelEscaper = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 
 // writeSample writes one line; labels are names and values by turns.
 func writeSample(out *bytes.Buffer, name string, value float64, labels []string) {
-	out.WriteString(name)
-	separator := "{"
-	for i := 0; i < len(labels); i += 2 {
-		out.WriteString(separator + labels[i] + `="` + labelEscaper.Replace(labels[i+1]) + `"`)
-		separator = ","
+	var pairs []string
+	for pair := range slices.Chunk(labels, 2) {
+		pairs = append(pairs, pair[0]+`="`+labelEscaper.Replace(pair[1])+`"`)
 	}
-	if len(labels) > 0 {
-		out.WriteString("}")
+	if len(pairs) > 0 {
+		name += "{" + strings.Join(pairs, ",") + "}"
 	}
-	out.WriteString(" " + formatFloat(value) + "\n")
+	out.WriteString(name + " " + formatFloat(value) + "\n")
 }
 
 func formatFloat(f float64) string { return strconv.FormatFloat(f, 'g', -1, 64) }

@@ -24,13 +24,11 @@ func New(s Settings, w io.Writer) *slog.Logger { return slog.New(newHandler(s, w
 func Open(s Settings, out io.Writer) (*slog.Logger, *Writer) {
 	w := newWriter(out, func(n uint64) []byte {
 		var line bytes.Buffer
-		r := slog.NewRecord(time.Now(), slog.LevelWarn, "log lines were dropped because stderr was not read", 0)
-		r.Add("dropped", n)
-		_ = newHandler(s, &line).Handle(context.Background(), r) // a Buffer does not fail
+		New(Settings{Format: s.Format}, &line).Warn("log lines were dropped because stderr was not read", "dropped", n)
 		return line.Bytes()
 	})
 	f := &formatter{lock: make(chan struct{}, 1)}
-	return slog.New(&handler{Handler: newHandler(s, w), sure: newHandler(s, f), formatter: f, w: w}), w
+	return slog.New(&handler{newHandler(s, f), f, w}), w
 }
 
 // Write logs at level INFO a line that must not be lost, because it is the work itself. It waits until the line has been written
@@ -48,34 +46,27 @@ func Write(ctx context.Context, log *slog.Logger, msg string, args ...any) error
 // sureKey marks the context of a record that must not be dropped.
 type sureKey struct{}
 
-// handler formats records for a Writer. It has two handlers of slog with the same attributes, because each holds a lock of its
-// own while it writes: the embedded one writes to w, which is bounded, and sure writes to formatter only, so that a sure record
-// that waits holds no lock that another record needs.
+// handler formats records for a Writer. A handler of slog holds a lock while it writes, so the embedded one writes to formatter
+// only: a record that waits for w holds no lock that another record needs.
 type handler struct {
 	slog.Handler
-	sure      slog.Handler
 	formatter *formatter
 	w         *Writer
 }
 
-// formatter keeps the line that handler.sure has formatted last. Whoever holds lock, which is taken by sending, owns the rest.
+// formatter keeps the line that was formatted last. Whoever holds lock, which is taken by sending, owns it.
 type formatter struct {
+	bytes.Buffer
 	lock chan struct{}
-	line []byte
-}
-
-// Write implements io.Writer for handler.sure.
-func (f *formatter) Write(p []byte) (int, error) {
-	f.line = bytes.Clone(p)
-	return len(p), nil
 }
 
 func (h *handler) Handle(ctx context.Context, r slog.Record) error {
-	if ctx.Value(sureKey{}) == nil {
-		return h.Handler.Handle(ctx, r)
-	}
 	line, err := h.format(ctx, r)
 	if err != nil {
+		return err
+	}
+	if ctx.Value(sureKey{}) == nil {
+		_, err = h.w.Write(line)
 		return err
 	}
 	return h.w.WriteContext(ctx, line)
@@ -88,16 +79,17 @@ func (h *handler) format(ctx context.Context, r slog.Record) ([]byte, error) {
 		return nil, notWritten(ctx)
 	}
 	defer func() { <-h.formatter.lock }()
-	err := h.sure.Handle(ctx, r)
-	return h.formatter.line, err
+	h.formatter.Reset()
+	err := h.Handler.Handle(ctx, r)
+	return bytes.Clone(h.formatter.Bytes()), err
 }
 
 func (h *handler) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return &handler{h.Handler.WithAttrs(attrs), h.sure.WithAttrs(attrs), h.formatter, h.w}
+	return &handler{h.Handler.WithAttrs(attrs), h.formatter, h.w}
 }
 
 func (h *handler) WithGroup(name string) slog.Handler {
-	return &handler{h.Handler.WithGroup(name), h.sure.WithGroup(name), h.formatter, h.w}
+	return &handler{h.Handler.WithGroup(name), h.formatter, h.w}
 }
 
 func newHandler(s Settings, w io.Writer) slog.Handler {

@@ -1,6 +1,7 @@
 package logs
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -23,8 +24,8 @@ const (
 //
 // A write(2) that blocks cannot be cancelled: an inherited stderr has no deadlines, and O_NONBLOCK would change it for everybody
 // who shares it. So the writes are made by one goroutine, to which a caller hands its line and then waits with a bound. That
-// costs 1 to 2 µs a line: two switches, which the scheduler mostly makes on the same thread, and a timer. Cheaper would be a
-// caller that writes for itself, but then the first one that finds the pipe full is lost, and it may be the listener's loop.
+// costs 2 to 3 µs a line: two switches, which the scheduler mostly makes on the same thread, a timer and a channel. Cheaper would
+// be a caller that writes for itself, but then the first one that finds the pipe full is lost, and it may be the listener's loop.
 type Writer struct {
 	out    io.Writer             // out and torn are used only by run's goroutine
 	torn   bool                  // the last write ended within a line
@@ -39,38 +40,16 @@ type Writer struct {
 	closed  bool
 	gapped  bool   // the queue has a line with gap set
 	dropped uint64 // ordinary lines lost so far
-	untold  uint64 // those of them that no report has told of
+	told    uint64 // those of them that a report has told of
 }
 
 // line is one line on its way to out, or with no bytes a marker.
 type line struct {
-	bytes []byte
+	bytes []byte     // its own: a caller that has given up takes back what it gave, while it is written
 	sure  bool       // its caller waits however long it takes
 	gap   bool       // stands where lines were dropped; its bytes are made when its turn comes
 	told  uint64     // of a gap: how many it tells of
 	done  chan error // has room for the one result
-	timer *time.Timer
-}
-
-// spare keeps lines, which have a timer and a channel each, for the next caller.
-var spare = sync.Pool{New: func() any {
-	t := time.NewTimer(time.Hour)
-	t.Stop()
-	return &line{done: make(chan error, 1), timer: t}
-}}
-
-// newLine copies p, since a caller that has given up takes it back while it is written.
-func newLine(p []byte, sure bool) *line {
-	l := spare.Get().(*line)
-	l.bytes, l.sure = append(l.bytes[:0], p...), sure
-	return l
-}
-
-// free gives back a line whose result has been received.
-func free(l *line) {
-	if cap(l.bytes) <= room {
-		spare.Put(l)
-	}
 }
 
 // newWriter starts a goroutine, which Close ends.
@@ -87,15 +66,13 @@ func newWriter(out io.Writer, report func(n uint64) []byte) *Writer {
 // that says how many were dropped, and then what follows. A line for which out returns an error is dropped too. Write always
 // returns len(p) and nil.
 func (w *Writer) Write(p []byte) (int, error) {
-	l := newLine(p, false)
+	l := &line{bytes: bytes.Clone(p), done: make(chan error, 1)}
 	w.mu.Lock()
 	stuck := w.stuck
 	if w.closed || stuck && (w.gapped || w.size+len(p) > room) {
 		w.dropped++
-		w.untold++
 		w.markGap(len(w.queue))
 		w.mu.Unlock()
-		free(l)
 		return len(p), nil
 	}
 	w.size += len(p)
@@ -105,13 +82,10 @@ func (w *Writer) Write(p []byte) (int, error) {
 	if stuck {
 		return len(p), nil
 	}
-	l.timer.Reset(patience)
 	select {
 	case <-l.done:
-		l.timer.Stop()
-		free(l)
 		return len(p), nil
-	case <-l.timer.C:
+	case <-time.After(patience):
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -129,7 +103,7 @@ func (w *Writer) WriteContext(ctx context.Context, p []byte) error {
 	if ctx.Err() != nil {
 		return notWritten(ctx)
 	}
-	l := newLine(p, true)
+	l := &line{bytes: bytes.Clone(p), sure: true, done: make(chan error, 1)}
 	w.mu.Lock()
 	if w.closed {
 		w.mu.Unlock()
@@ -140,16 +114,13 @@ func (w *Writer) WriteContext(ctx context.Context, p []byte) error {
 	w.more.Signal()
 	select {
 	case err := <-l.done:
-		free(l)
 		return err
 	case <-ctx.Done():
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	select {
-	case err := <-l.done:
-		return err
-	default:
+	if len(l.done) > 0 { // finish sends it under the lock
+		return <-l.done
 	}
 	w.queue = slices.DeleteFunc(w.queue, func(q *line) bool { return q == l })
 	return notWritten(ctx)
@@ -186,12 +157,10 @@ func (w *Writer) Close() error {
 	w.closed = true
 	w.mu.Unlock()
 	w.more.Signal()
-	t := time.NewTimer(patience)
-	defer t.Stop()
 	select {
 	case <-w.ended:
 		return nil
-	case <-t.C:
+	case <-time.After(patience):
 		return errors.New("stderr takes no lines")
 	}
 }
@@ -217,7 +186,7 @@ func (w *Writer) next() *line {
 	l := w.queue[0]
 	w.queue = slices.Delete(w.queue, 0, 1)
 	if l.gap {
-		l.told, w.untold, w.gapped = w.untold, 0, false
+		l.told, w.told, w.gapped = w.dropped-w.told, w.dropped, false
 		l.bytes = w.report(l.told)
 		w.size += len(l.bytes)
 	}
@@ -250,13 +219,12 @@ func (w *Writer) finish(l *line, err error) {
 		w.size -= len(l.bytes)
 	}
 	switch {
-	case err == nil && w.untold > 0: // out takes lines again after errors
+	case err == nil && w.dropped > w.told: // out takes lines again after errors
 		w.markGap(0)
 	case err != nil && l.gap:
-		w.untold += l.told
+		w.told -= l.told
 	case err != nil && !l.sure:
 		w.dropped++
-		w.untold++
 	}
 	if w.size == 0 {
 		w.stuck = false

@@ -534,7 +534,7 @@ func TestFlush(t *testing.T) {
 		p.writer.Flush(deadline)
 		p.writer.mu.Lock()
 		defer p.writer.mu.Unlock()
-		flushed <- p.writer.size == 0 && len(p.writer.queue) == 0 && p.writer.untold == 0
+		flushed <- p.writer.size == 0 && len(p.writer.queue) == 0 && p.writer.told == p.writer.dropped
 	}()
 	p.until(t, "Flush in the queue", func(w *Writer) bool { return w.queue[len(w.queue)-1].sure })
 	p.lines(t, kept)

@@ -238,14 +238,14 @@ func TestPageIsInert(t *testing.T) {
 func TestPageForbidsScripts(t *testing.T) {
 	t.Parallel()
 	r, _ := recorded(t, newWorld("a"))
-	s, err := health.Serve("127.0.0.1:0", r, none{}, "v1", slog.New(slog.DiscardHandler))
+	s, err := health.Serve(health.Settings{Addr: "127.0.0.1:0"}, r, none{}, "v1", slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(s.Close)
 	for ask, want := range map[string]int{"GET /": 200, "HEAD /": 200, "POST /": 405, "DELETE /": 405, "GET /index.html": 404, "GET /favicon.ico": 404, "GET //": 404, "POST /x": 404, "GET /livez": 200} {
 		method, path, _ := strings.Cut(ask, " ")
-		req, err := http.NewRequestWithContext(t.Context(), method, "http://"+s.Addr()+path, nil)
+		req, err := http.NewRequestWithContext(t.Context(), method, "http://"+s.Addr+path, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -38,7 +38,8 @@ func (h *handler) check(ctx context.Context, open, closed time.Duration) (string
 	case ctx.Err() != nil:
 		return "", fmt.Errorf("%s: %w", h.path, context.Cause(ctx))
 	case inTime && !state.Success():
-		return "", fmt.Errorf("%s: %v: %s", h.path, state, stderr)
+		said := strings.Fields(strings.ToValidUTF8(string(stderr), "?")) // for one line
+		return "", fmt.Errorf("%s: %v: %s", h.path, state, strings.Join(said, " "))
 	case early:
 		return "", fmt.Errorf("%s: it ended at once, with exit status 0; it should read lines from stdin until there are no more", h.path)
 	case inTime:
@@ -55,9 +56,4 @@ func (t *tail) Write(p []byte) (int, error) {
 	*t = append(*t, p...)
 	*t = (*t)[max(0, len(*t)-500):]
 	return len(p), nil
-}
-
-// String is the text in one line.
-func (t tail) String() string {
-	return strings.Join(strings.Fields(strings.ToValidUTF8(string(t), "?")), " ")
 }

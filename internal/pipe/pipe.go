@@ -30,7 +30,7 @@ type handler struct {
 	mu       sync.Mutex       // guards what follows
 	items    map[string]*item // one for each call of Handle that waits, by id
 	waiting  []*item          // those that are not in flight, in the order of their calls
-	suspects int              // while there are any, one item at a time is in flight
+	suspects map[*item]bool   // those in flight, and not alone, when a program died; while there are any, one at a time is in flight
 	calls    uint64           // of Handle, ever
 	program  *program         // nil while none runs
 	down     string           // why the last one ended; only keep changes it
@@ -48,7 +48,6 @@ type item struct {
 	result  chan error // capacity 1; what Handle returns, once the item has left handler.items
 	program *program   // to which it was sent; nil while it waits
 	offset  int64      // where its line begins in all that was written to the program
-	suspect bool       // it was in flight, and not alone, when a program died
 	late    error      // what Handle returns, unless it was to blame, when its context has ended while it was in flight
 }
 
@@ -60,7 +59,8 @@ func New(words []string, programs proc.Settings, concurrency int, s notify.Setup
 		return nil, err
 	}
 	return &handler{
-		path: path, args: args, concurrency: max(1, concurrency), setup: s, items: map[string]*item{}, idle: make(chan struct{}, 1),
+		path: path, args: args, concurrency: max(1, concurrency), setup: s, idle: make(chan struct{}, 1),
+		items: map[string]*item{}, suspects: map[*item]bool{},
 		environ: append(programs.Environ(), "PGLISTENER_CHANNEL="+s.Channel), // never empty, which os/exec takes for all of ours
 		backoff: retry.Backoff{Min: 100 * time.Millisecond, Max: 10 * time.Second},
 	}, nil
@@ -145,7 +145,7 @@ func (h *handler) notSent(cause error) error {
 // send sends what waits, as far as it may be in flight and few bytes wait to be written. h.mu is held.
 func (h *handler) send() {
 	for p := h.program; p != nil && !p.closed && len(h.waiting) > 0 && len(p.out) < mostQueued; {
-		if n := len(p.sent); n >= h.concurrency || n > 0 && h.suspects > 0 {
+		if n := len(p.sent); n >= h.concurrency || n > 0 && len(h.suspects) > 0 {
 			return
 		}
 		it := h.waiting[0]
@@ -175,9 +175,7 @@ func nudge(c chan struct{}) {
 // finish has Handle return err for an item. h.mu is held.
 func (h *handler) finish(it *item, err error) {
 	delete(h.items, it.id)
-	if it.suspect {
-		h.suspects--
-	}
+	delete(h.suspects, it)
 	from := &h.waiting
 	if it.program != nil {
 		from = &it.program.sent
@@ -207,17 +205,11 @@ func (h *handler) bury(p *program) {
 		culprit = seen[0]
 	default:
 		for _, it := range seen {
-			if !it.suspect {
-				it.suspect = true
-				h.suspects++
-			}
+			h.suspects[it] = true
 		}
 	}
 	if culprit != nil { // the others are acquitted
-		for _, it := range h.items {
-			it.suspect = false
-		}
-		h.suspects = 0
+		clear(h.suspects)
 	}
 	var again []*item
 	for _, it := range slices.Clone(p.sent) {

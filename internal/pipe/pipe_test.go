@@ -98,8 +98,8 @@ func (p *pipe) run() {
 		p.ended()
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		if p.suspects != 0 || len(p.items) != 0 || len(p.waiting) != 0 || p.kept != nil {
-			p.t.Errorf("left: %d suspects, %d items, %d waiting, kept: %v", p.suspects, len(p.items), len(p.waiting), p.kept != nil)
+		if len(p.suspects) != 0 || len(p.items) != 0 || len(p.waiting) != 0 || p.kept != nil {
+			p.t.Errorf("left: %d suspects, %d items, %d waiting, kept: %v", len(p.suspects), len(p.items), len(p.waiting), p.kept != nil)
 		}
 	})
 }

@@ -111,7 +111,6 @@ const mostQueued = 1 << 20
 
 // write writes what has gathered since it has written last, until the program has ended.
 func (h *handler) write(p *program) {
-	var spare []byte
 	for {
 		select {
 		case <-p.wake:
@@ -120,16 +119,13 @@ func (h *handler) write(p *program) {
 		}
 		h.mu.Lock()
 		out := p.out
-		p.out = spare
+		p.out = nil
 		h.send() // there is room again
 		h.mu.Unlock()
 		n, err := p.stdin.Write(out)
 		p.written += int64(n)
 		if err != nil {
 			return
-		}
-		if spare = out[:0]; cap(out) > 2*mostQueued {
-			spare = nil
 		}
 	}
 }

@@ -27,15 +27,12 @@ type request struct {
 // appendRequest appends the line for a notification. What some library takes for the end of a line is escaped, and what is not
 // UTF-8 replaced.
 func appendRequest(b []byte, id string, n *notify.Notification) []byte {
-	out, before := bytes.NewBuffer(b), len(b)
+	out := bytes.NewBuffer(b)
 	e := json.NewEncoder(out)
 	e.SetEscapeHTML(false)
 	_ = e.Encode(request{id, n.Channel, n.Payload, n.Attempt, proc.Stamp(n.CreatedAt), proc.Stamp(n.RunAt)}) // strings do not fail
-	b = out.Bytes()
-	if nel := []byte("\u0085"); bytes.Contains(b[before:], nel) { // the only one that encoding/json leaves as it is
-		b = append(b[:before], bytes.ReplaceAll(b[before:], nel, []byte(`\u0085`))...)
-	}
-	return b
+	// The one end of a line that encoding/json leaves as it is.
+	return append(b, bytes.ReplaceAll(out.Bytes()[len(b):], []byte("\u0085"), []byte(`\u0085`))...)
 }
 
 // answer is a line that the program writes.
@@ -113,20 +110,15 @@ func (h *handler) take(p *program, line []byte, tooLong bool) {
 		id, problem, result = h.understand(line)
 	}
 	h.mu.Lock()
-	it := h.items[id]
-	taken := problem == "" && it != nil && it.program == p
-	if taken {
+	if it := h.items[id]; problem == "" && it != nil && it.program == p {
 		p.answers++
 		h.answers++
 		h.finish(it, result)
-	} else {
-		h.notUnderstood++
-	}
-	first := h.notUnderstood == 1
-	h.mu.Unlock()
-	if taken {
+		h.mu.Unlock()
 		return
 	}
+	h.notUnderstood++
+	h.mu.Unlock()
 	problem = cmp.Or(problem, "an id that is not in flight: unknown, or answered before")
 	lines, shouldLog := h.noise.Count(problem)
 	if !shouldLog {
@@ -136,7 +128,7 @@ func (h *handler) take(p *program, line []byte, tooLong bool) {
 	if h.setup.LogPayloads {
 		attrs = append(attrs, "line", strings.ToValidUTF8(notify.Cut(string(bytes.TrimSpace(line[:min(len(line), 300)])), 200), "?"))
 	}
-	if first {
+	if lines == 1 {
 		attrs = append(attrs, "hint", `stdout is for answers only, each a line such as {"id":"...","ok":true}; write logs to stderr`)
 	}
 	h.setup.Log.Warn("a line of the program is no answer", attrs...)

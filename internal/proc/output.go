@@ -19,20 +19,16 @@ type Output struct {
 
 // Write implements io.Writer. It never fails.
 func (o *Output) Write(p []byte) (int, error) {
-	written := len(p)
-	for len(p) > 0 {
-		part, rest, complete := bytes.Cut(p, []byte("\n"))
-		room := MaxLine - len(o.line)
-		if len(part) > room {
+	for part := range bytes.Lines(p) {
+		part, complete := bytes.CutSuffix(part, []byte("\n"))
+		if room := MaxLine - len(o.line); len(part) > room {
 			part, o.cut = part[:room], true
 		}
-		o.line = append(o.line, part...)
-		if complete {
+		if o.line = append(o.line, part...); complete {
 			o.end()
 		}
-		p = rest
 	}
-	return written, nil
+	return len(p), nil
 }
 
 // Flush logs a last line that has no newline.

@@ -25,7 +25,6 @@ const (
 
 // Schedule is a parsed schedule. It never changes, so any goroutine may use it. The zero value never runs.
 type Schedule struct {
-	text  string
 	zone  *time.Location
 	every time.Duration // 0: the fields below count
 
@@ -74,7 +73,7 @@ func Parse(text string, zone *time.Location) (Schedule, error) {
 		return Schedule{}, fmt.Errorf("schedule %q has control characters, it must be one line of text, blanks and tabs", text)
 	}
 	s := Schedule{zone: cmp.Or(zone, time.UTC)}
-	line, zoneText := strings.Join(strings.Fields(text), " "), ""
+	line := strings.Join(strings.Fields(text), " ")
 	if after, ok := strings.CutPrefix(strings.TrimPrefix(line, "CRON_"), "TZ="); ok {
 		name, rest, _ := strings.Cut(after, " ")
 		var err error
@@ -82,12 +81,11 @@ func Parse(text string, zone *time.Location) (Schedule, error) {
 		if s.zone, err = time.LoadLocation(name); err != nil || name == "" || name == "Local" {
 			return Schedule{}, fmt.Errorf("time zone %q in CRON_TZ is unknown, expected a name such as Europe/Berlin or UTC", name)
 		}
-		line, zoneText = rest, "CRON_TZ="+name+" "
+		line = rest
 	}
 	if err := s.parseLine(line); err != nil {
 		return Schedule{}, err
 	}
-	s.text = zoneText + s.text
 	return s, nil
 }
 
@@ -124,7 +122,6 @@ func (s *Schedule) parseEvery(text string) error {
 	if err != nil || clockErr != nil || s.every < time.Second || s.every > 3650*24*time.Hour {
 		return fmt.Errorf("@every %q is not a duration from 1s to 3650d, such as 90s, 1h30m or 7d", text)
 	}
-	s.text = "@every " + s.every.String()
 	return nil
 }
 
@@ -144,7 +141,6 @@ func (s *Schedule) parseFields(line string) error {
 	s.weekdays |= s.weekdays >> 7 // 7 is Sunday too
 	s.eitherDay = words[2][0] != '*' && words[4][0] != '*'
 	s.realClock = s.hours == 1<<24-1
-	s.text = strings.ToUpper(line)
 	return nil
 }
 
@@ -159,10 +155,8 @@ func (f field) parse(text string) (set uint64, err error) {
 		lowText, highText, isRange := strings.Cut(span, "-")
 		low, high, step := f.min, f.max, 1
 		if span != "*" {
-			if low, err = f.value(lowText); err != nil {
-				return 0, err
-			}
-			if isRange {
+			low, err = f.value(lowText)
+			if isRange && err == nil {
 				high, err = f.value(highText)
 			} else if !hasStep {
 				high = low
@@ -205,9 +199,6 @@ func (f field) value(text string) (int, error) {
 	}
 	return int(n), nil
 }
-
-// String returns the canonical text: fields for all but @every, and CRON_TZ if the text named a zone. Parse accepts it.
-func (s Schedule) String() string { return s.text }
 
 // Next returns the first time of the schedule after now, in its zone; the zero Time if there is none, as for 30 February. It
 // takes microseconds, and less than one millisecond in the worst case.

@@ -10,80 +10,59 @@ import (
 	"time"
 )
 
-// supervisor is systemd, if it has started this process; otherwise nobody, and nothing is sent. It is used by one goroutine and
-// never blocks for long.
+// supervisor is systemd, which has started this process. It is used by one goroutine and never blocks for long.
 type supervisor struct {
 	conn     net.Conn
-	watchdog time.Duration // WatchdogSec; 0 when there is none
-	status   string        // as told last
-	ready    bool          // has been told
-	stopping bool          // has been told
+	watchdog bool              // WatchdogSec is set
+	told     map[string]string // the last value of each variable but WATCHDOG
 	log      *slog.Logger
 }
 
 // Start connects to NOTIFY_SOCKET, if it is set, and returns how often, at the latest every preset, to call beat with how things
 // stand. Nothing is sent when it is not set. The socket is open until the process ends.
 func Start(preset time.Duration, lookup func(string) (string, bool), log *slog.Logger) (every time.Duration, beat func(listening, stopping bool, notReady error)) {
-	s := connect(lookup, log)
-	if s.watchdog > 0 {
-		preset = min(preset, s.watchdog/2) // twice as often as it asks for
-	}
-	return preset, s.beat
-}
-
-func connect(lookup func(string) (string, bool), log *slog.Logger) *supervisor {
-	s := &supervisor{log: log}
 	path, _ := lookup("NOTIFY_SOCKET")
 	if path == "" {
-		return s
+		return preset, func(bool, bool, error) {}
 	}
 	// A leading @ is an abstract socket to systemd and to package net alike.
 	conn, err := net.Dial("unixgram", path)
 	if err != nil {
 		log.Warn("cannot open NOTIFY_SOCKET", "socket", path, "error", err)
-		return s
+		return preset, func(bool, bool, error) {}
 	}
-	s.conn = conn
+	s := &supervisor{conn: conn, log: log, told: map[string]string{}}
 	usec, _ := lookup("WATCHDOG_USEC")
 	pid, _ := lookup("WATCHDOG_PID")
 	if n, err := strconv.ParseInt(usec, 10, 64); err == nil && n > 0 && (pid == "" || pid == strconv.Itoa(os.Getpid())) {
-		s.watchdog = time.Duration(n) * time.Microsecond
+		s.watchdog = true
+		preset = min(preset, time.Duration(n)*time.Microsecond/2) // twice as often as it asks for
 	}
-	return s
+	return preset, s.beat
 }
 
 // beat feeds the watchdog and tells systemd what has changed. The select loop calls it, so that systemd restarts a loop that is
 // stuck. listening is whether it has ever listened, notReady why it is not ready, or nil.
 func (s *supervisor) beat(listening, stopping bool, notReady error) {
-	if s.conn == nil {
-		return
-	}
 	message := ""
-	if s.watchdog > 0 {
+	if s.watchdog {
 		message = "WATCHDOG=1\n"
 	}
-	if listening && !s.ready {
-		s.ready = true
-		message += "READY=1\n"
+	tell := func(when bool, name, value string) {
+		if when && s.told[name] != value {
+			s.told[name] = value
+			message += name + "=" + value + "\n"
+		}
 	}
-	if stopping && !s.stopping {
-		s.stopping = true
-		message += "STOPPING=1\n"
-	}
-	status := "listening"
+	tell(listening, "READY", "1")
+	tell(stopping, "STOPPING", "1")
+	tell(notReady == nil, "STATUS", "listening")
 	if notReady != nil {
-		status = "not ready: " + strings.ReplaceAll(notReady.Error(), "\n", "; ") // each line is a statement of its own
+		tell(true, "STATUS", "not ready: "+strings.ReplaceAll(notReady.Error(), "\n", "; ")) // each line is a statement of its own
 	}
-	if status != s.status {
-		s.status = status
-		message += "STATUS=" + status + "\n"
+	if message == "" {
+		return
 	}
-	if message != "" {
-		s.tell(message)
-	}
-}
-
-func (s *supervisor) tell(message string) {
 	// It is a datagram to a local socket; a systemd that does not read must not hold up the loop.
 	_ = s.conn.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 	if _, err := s.conn.Write([]byte(message)); err != nil {

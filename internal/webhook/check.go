@@ -21,24 +21,19 @@ func (h *handler) Check(ctx context.Context) (string, error) {
 		u, encrypted, text = proxy, false, h.shown+" would be reached through the proxy "+proxy.Host
 	}
 	port := map[string]string{"http": "80", "https": "443", "socks5": "1080"}[u.Scheme]
-	c, err := t.DialContext(ctx, "tcp", net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), port)))
-	if err == nil {
-		defer c.Close()
+	dial := t.DialContext
+	if encrypted {
+		dial = (&tls.Dialer{Config: t.TLSClientConfig}).DialContext
 	}
-	if err == nil && encrypted {
-		config := &tls.Config{}
-		if t.TLSClientConfig != nil {
-			config = t.TLSClientConfig.Clone()
-		}
-		config.ServerName = u.Hostname()
-		secure := tls.Client(c, config)
-		if err = secure.HandshakeContext(ctx); err == nil {
-			s := secure.ConnectionState()
-			text += fmt.Sprintf(" with %s; its certificate is valid until %s", tls.VersionName(s.Version), s.PeerCertificates[0].NotAfter.UTC().Format(time.DateOnly))
-		}
-	}
+	c, err := dial(ctx, "tcp", net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), port)))
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", h.shown, hint(err))
+	}
+	defer c.Close()
+	if secure, ok := c.(*tls.Conn); ok {
+		s := secure.ConnectionState()
+		text += fmt.Sprintf(" with %s; its certificate is valid until %s",
+			tls.VersionName(s.Version), s.PeerCertificates[0].NotAfter.UTC().Format(time.DateOnly))
 	}
 	return text, nil
 }

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/retry"
 )
 
@@ -29,16 +30,10 @@ type view struct {
 	files    [3]os.FileInfo // of settings.files; nil where there is none
 }
 
-// prepared is what requests are made with: the settings of a view, ready for use. It never changes.
-type prepared struct {
-	parsed
-	from      view
-	transport *http.Transport
-	shield    *strings.Replacer // hides the secrets in a text
+// show returns what may be shown of an answer: its beginning, without the secrets.
+func (p *prepared) show(answer string) string {
+	return notify.Cut(p.shield.Replace(strings.TrimSpace(answer)), shownAnswer)
 }
-
-// mask returns text without the secrets.
-func (p *prepared) mask(text string) string { return p.shield.Replace(text) }
 
 // prepare makes v's settings ready for use. old, which may be nil, is what is in use: its connections are kept if the
 // certificates are the same. The error is the first problem.
@@ -46,33 +41,33 @@ func (h *handler) prepare(v view, old *prepared) (*prepared, error) {
 	if v.problem != nil {
 		return nil, v.problem
 	}
-	parsed, problems := v.settings.parse()
+	p, problems := v.settings.parse()
 	if len(problems) > 0 {
 		return nil, problems[0]
 	}
 	if h.basic != "" {
-		if parsed.header["Authorization"] != nil {
+		if p.header["Authorization"] != nil {
 			return nil, errors.New("WEBHOOK_AUTHORIZATION: the URL has a user too; set one of them")
 		}
-		parsed.header["Authorization"] = []string{h.basic}
+		p.header["Authorization"] = []string{h.basic}
 	}
-	parsed.hide(h.hidden...)
+	p.hide(h.hidden...)
 	// Where one begins with another, the longer one comes first.
-	slices.SortFunc(parsed.hidden, func(a, b string) int { return len(b) - len(a) })
+	slices.SortFunc(p.hidden, func(a, b string) int { return len(b) - len(a) })
 	var pairs []string
-	for _, s := range parsed.hidden {
+	for _, s := range p.hidden {
 		pairs = append(pairs, s, "[hidden]")
 	}
-	p := &prepared{parsed: parsed, from: v, shield: strings.NewReplacer(pairs...)}
+	p.from, p.shield = v, strings.NewReplacer(pairs...)
 	if old != nil && v.sameFiles(old.from) {
 		p.transport = old.transport
 	} else {
-		p.transport = newTransport(parsed.tls, h.concurrency)
+		p.transport = newTransport(p.tls, h.concurrency)
 	}
 	return p, nil
 }
 
-// newTransport makes the connections of a handler. A nil config is the default.
+// newTransport makes the connections of a handler.
 func newTransport(config *tls.Config, concurrency int) *http.Transport {
 	t := http.DefaultTransport.(*http.Transport).Clone()
 	t.TLSClientConfig = config
@@ -91,8 +86,6 @@ func (h *handler) current(ctx context.Context) *prepared {
 	if h.reread == nil && p.from.settings.files() == [3]string{} || h.now().UnixNano() < h.lookAt.Load() {
 		return p
 	}
-	patience := time.NewTimer(lookPatience)
-	defer patience.Stop()
 	select {
 	case h.looking <- struct{}{}:
 		if h.now().UnixNano() >= h.lookAt.Load() {
@@ -100,7 +93,7 @@ func (h *handler) current(ctx context.Context) *prepared {
 			h.lookAt.Store(h.now().Add(lookEvery).UnixNano())
 		}
 		<-h.looking
-	case <-patience.C:
+	case <-time.After(lookPatience):
 		h.lookAt.Store(h.now().Add(lookEvery).UnixNano())
 	case <-ctx.Done():
 	}

@@ -40,20 +40,22 @@ func (s Settings) Validate() []error {
 	return problems
 }
 
-// parsed is what Settings mean.
-type parsed struct {
+// prepared is what requests are made with: what Settings mean. It never changes once it is in use.
+type prepared struct {
 	macs   []*sync.Pool // of hash.Hash, one for each secret
 	header http.Header  // of each request
-	tls    *tls.Config  // nil: the defaults
-	hidden []string     // the secrets, in the forms in which a receiver may repeat them
+	tls    *tls.Config
+	hidden []string // the secrets, in the forms in which a receiver may repeat them
+
+	// These are added by handler.prepare.
+	from      view
+	transport *http.Transport
+	shield    *strings.Replacer // hides the secrets in a text
 }
 
 // parse reads s, and the files that it names.
-func (s Settings) parse() (p parsed, problems []error) {
-	p.header = http.Header{"User-Agent": {"pglistener"}}
-	if s.CAFile+s.CertFile+s.KeyFile != "" {
-		p.tls = &tls.Config{}
-	}
+func (s Settings) parse() (p *prepared, problems []error) {
+	p = &prepared{header: http.Header{"User-Agent": {"pglistener"}}, tls: &tls.Config{}}
 	for _, v := range []struct {
 		name, value string
 		read        func(string) error
@@ -76,7 +78,7 @@ func (s Settings) parse() (p parsed, problems []error) {
 
 // readSecrets reads secrets as the specification has them: whsec_ and the key in base64. A comma between two can stand in any
 // file of variables; blanks and newlines do as well.
-func (p *parsed) readSecrets(list string) error {
+func (p *prepared) readSecrets(list string) error {
 	secrets := strings.FieldsFunc(list, func(r rune) bool { return strings.ContainsRune(", \t\r\n", r) })
 	if len(secrets) == 0 {
 		return errors.New("holds no secret; unset it to send without a signature")
@@ -97,7 +99,7 @@ func (p *parsed) readSecrets(list string) error {
 	return nil
 }
 
-func (p *parsed) readAuthorization(value string) error {
+func (p *prepared) readAuthorization(value string) error {
 	value, err := headerValue(value)
 	if err != nil {
 		return err
@@ -115,7 +117,7 @@ const tokenCharacters = "!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCD
 
 // readHeaders reads "Name:value,Name:value"; a semicolon or a newline separates as well as a comma. Its errors count the pairs,
 // for what is taken for a name may be a piece of a value.
-func (p *parsed) readHeaders(list string) error {
+func (p *prepared) readHeaders(list string) error {
 	for i, pair := range strings.FieldsFunc(list, func(r rune) bool { return strings.ContainsRune(",;\r\n", r) }) {
 		name, text, ok := strings.Cut(pair, ":")
 		name = strings.TrimSpace(name)
@@ -155,7 +157,7 @@ func headerValue(s string) (string, error) {
 
 // readAuthorities reads those that are trusted instead of the system's, as curl's --cacert does. A file that is cut off within a
 // certificate is an error.
-func (p *parsed) readAuthorities(path string) error {
+func (p *prepared) readAuthorities(path string) error {
 	data, err := readFile(path)
 	if err != nil {
 		return err
@@ -174,7 +176,7 @@ func (p *parsed) readAuthorities(path string) error {
 	return nil
 }
 
-func (p *parsed) readCertificate(certPath, keyPath string) error {
+func (p *prepared) readCertificate(certPath, keyPath string) error {
 	if certPath == "" || keyPath == "" {
 		return errors.New("a client certificate needs both; set the other one too")
 	}
@@ -199,7 +201,7 @@ func readFile(path string) ([]byte, error) {
 }
 
 // hide adds secrets that no error may show. A shorter one would blank ordinary words.
-func (p *parsed) hide(secrets ...string) {
+func (p *prepared) hide(secrets ...string) {
 	for _, s := range secrets {
 		if len(s) >= 4 {
 			p.hidden = append(p.hidden, s)

@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"log/slog"
 	"maps"
 	"net"
 	"net/http"
@@ -105,14 +104,12 @@ func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 	answer := io.LimitReader(res.Body, maxAnswer)
 	if res.StatusCode/100 == 2 {
 		_, _ = io.Copy(io.Discard, answer)
-		if h.setup.Log.Enabled(ctx, slog.LevelDebug) {
-			h.setup.Log.Debug("delivered", "id", n.ID(), "attempt", n.Attempt, "status", res.StatusCode)
-		}
+		h.setup.Log.Debug("delivered", "id", n.ID(), "attempt", n.Attempt, "status", res.StatusCode)
 		return nil
 	}
 	err = fmt.Errorf("%s: status %d", h.shown, res.StatusCode)
 	if text, _ := io.ReadAll(answer); h.setup.LogPayloads {
-		err = fmt.Errorf("%w: %q", err, notify.Cut(p.mask(strings.TrimSpace(string(text))), shownAnswer))
+		err = fmt.Errorf("%w: %q", err, p.show(string(text)))
 	}
 	switch res.StatusCode {
 	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
@@ -135,7 +132,7 @@ func (h *handler) unanswered(ctx context.Context, err error, written bool, p *pr
 	case errors.As(err, &network), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), cause != nil && errors.Is(err, cause):
 		return fmt.Errorf("%s: %w", h.shown, err)
 	case h.setup.LogPayloads:
-		return fmt.Errorf("%s: no valid answer: %s", h.shown, notify.Cut(p.mask(err.Error()), shownAnswer))
+		return fmt.Errorf("%s: no valid answer: %s", h.shown, p.show(err.Error()))
 	}
 	return fmt.Errorf("%s: no valid answer (not shown: it may repeat the payload)", h.shown)
 }
@@ -144,9 +141,7 @@ func (h *handler) unanswered(ctx context.Context, err error, written bool, p *pr
 // timestamp is that of this attempt.
 func (p *prepared) fill(req *http.Request, n notify.Notification, now time.Time) {
 	id, timestamp := n.ID(), strconv.FormatInt(now.Unix(), 10)
-	// What is signed ends with the body.
-	signed := make([]byte, 0, len(id)+len(timestamp)+len(n.Payload)+2)
-	signed = append(append(append(append(append(signed, id...), '.'), timestamp...), '.'), n.Payload...)
+	signed := []byte(id + "." + timestamp + "." + n.Payload)
 	body := signed[len(signed)-len(n.Payload):]
 
 	req.Body = http.NoBody
@@ -155,26 +150,20 @@ func (p *prepared) fill(req *http.Request, n notify.Notification, now time.Time)
 		req.Body, _ = req.GetBody()
 	}
 	req.Header = make(http.Header, len(p.header)+8)
-	values := make([]string, 0, 8)
-	set := func(name, value string) {
-		values = append(values, value)
-		req.Header[name] = values[len(values)-1 : len(values) : len(values)]
-	}
 	maps.Copy(req.Header, p.header)
 	contentType := "text/plain; charset=utf-8"
 	if json.Valid(body) {
 		contentType = "application/json"
 	}
-	set("Content-Type", contentType)
-	set("Webhook-Id", id)
-	set("Webhook-Timestamp", timestamp)
-	set("Pglistener-Channel", url.PathEscape(n.Channel)) // any text may be a channel's name
-	set("Pglistener-Attempt", strconv.Itoa(n.Attempt))
-	if !n.CreatedAt.IsZero() {
-		set("Pglistener-Created-At", n.CreatedAt.UTC().Format(time.RFC3339Nano))
-	}
-	if !n.RunAt.IsZero() {
-		set("Pglistener-Run-At", n.RunAt.UTC().Format(time.RFC3339Nano))
+	req.Header.Set("Content-Type", contentType)
+	req.Header.Set("Webhook-Id", id)
+	req.Header.Set("Webhook-Timestamp", timestamp)
+	req.Header.Set("Pglistener-Channel", url.PathEscape(n.Channel)) // any text may be a channel's name
+	req.Header.Set("Pglistener-Attempt", strconv.Itoa(n.Attempt))
+	for name, at := range map[string]time.Time{"Pglistener-Created-At": n.CreatedAt, "Pglistener-Run-At": n.RunAt} {
+		if !at.IsZero() {
+			req.Header.Set(name, at.UTC().Format(time.RFC3339Nano))
+		}
 	}
 	var signatures []string
 	for _, pool := range p.macs {
@@ -185,7 +174,7 @@ func (p *prepared) fill(req *http.Request, n notify.Notification, now time.Time)
 		pool.Put(mac)
 	}
 	if len(signatures) > 0 {
-		set("Webhook-Signature", strings.Join(signatures, " "))
+		req.Header.Set("Webhook-Signature", strings.Join(signatures, " "))
 	}
 }
 
