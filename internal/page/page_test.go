@@ -144,10 +144,10 @@ func TestPageSaysHowThingsAre(t *testing.T) {
 		"a call failed": {func(w *world, log *slog.Logger) {
 			w.calls["orders"], w.figures["orders:handler_failures_total"] = notify.Histogram{Count: 1, Sum: 20 * time.Millisecond}, 1
 			log.With("channel", "orders").Warn("handler failed", "error", errors.New("exit status 3"))
-		}, "look", []string{"The last call of orders failed.", "exit status 3", "! failing", "1 calls failed", "20 ms"}},
+		}, "look", []string{"The last call of orders failed.", "exit status 3", "! failing", "1 call failed", "20 ms"}},
 		"only some calls failed": {func(w *world, _ *slog.Logger) {
 			w.calls["orders"], w.figures["orders:handler_failures_total"] = notify.Histogram{Count: 2, Sum: 20 * time.Millisecond}, 1
-		}, "calm", []string{"1 calls failed", "10 ms", "not: failing"}},
+		}, "calm", []string{"1 call failed", "10 ms", "not: failing"}},
 		"failed rows": {func(w *world, log *slog.Logger) {
 			w.figures["orders:outbox_rows due"], w.figures["orders:outbox_rows failed"], w.figures["orders:outbox_oldest_seconds"] = 1234, 3, 90
 			log.With("channel", "orders").Error("gave up; the row stays in the outbox as failed", "id", 4711, "event", "e", "attempts", 110, "error", "status 422")
