@@ -236,7 +236,18 @@ func printTrigger(_ context.Context, e cli.Env) int {
 func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error) {
 	l.Beat, l.OnBeat = sdnotify.Start(l.Beat, lookup, p.log) // feature: sdnotify
 	var root http.Handler                                    // feature: health
-	root, ends = startPage(l, p)                             // feature: page
+	// begin: page
+	if p.cfg.Features.Health.Addr != "" {
+		s := page.Source{Version: cli.Version(), Alive: l.Alive, Hears: l.Hears, Stats: l.Stats}
+		s.Next = schedule.Next           // feature: schedule
+		for i, r := range p.cfg.routes { // of each of which makeChannels has made a channel
+			c := page.Channel{Name: r.Channel, Shown: r.Shown(), Works: func() error { return l.Works(l.channels[i]) }}
+			c.Schedule = p.cfg.perChannel[r.Channel].Schedule.Text // feature: schedule
+			s.Channels = append(s.Channels, c)
+		}
+		root, ends = p.page, append(ends, p.page.Start(s))
+	}
+	// end: page
 	// begin: health
 	server, err := health.Serve(p.cfg.Features.Health, root, l, cli.Version(), p.log, p.lines)
 	ends = append(ends, server.Close)
@@ -255,37 +266,6 @@ func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error
 	return ends, err
 }
 
-// begin: page
-
-// startPage returns what answers GET / of HTTP_ADDR, and what ends it; nothing without an address.
-func startPage(l *Listener, p loaded) (root http.Handler, ends []func()) {
-	if p.cfg.Features.Health.Addr == "" {
-		return nil, nil
-	}
-	s := page.Source{Version: cli.Version(), Alive: l.Alive, Hears: l.Hears, Stats: l.Stats}
-	for i, r := range p.cfg.routes { // of each of which makeChannels has made a channel
-		c := page.Channel{Name: r.Channel, Shown: r.Shown(), Works: func() error { return l.Works(l.channels[i]) }}
-		c.Schedule, c.Next = nextRun(p.cfg.perChannel[r.Channel].Schedule.Text) // feature: schedule
-		s.Channels = append(s.Channels, c)
-	}
-	return p.page, []func(){p.page.Start(s)}
-}
-
-// end: page
-// begin: page schedule
-
-// nextRun returns a schedule that has been validated, and what says when it runs next: of @every only the run before it knows.
-func nextRun(text string) (string, func() time.Time) {
-	if text == "" || strings.Contains(text, "@every") {
-		return text, nil
-	}
-	return text, func() time.Time {
-		next, _ := schedule.Next(text, time.Time{}, time.Now())
-		return next
-	}
-}
-
-// end: page schedule
 // begin: check
 
 // checkAll is the flag -check.

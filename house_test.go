@@ -83,7 +83,7 @@ var mayImport = map[string][]string{
 	"internal/execcmd":  {"notify", "proc"},
 	"internal/webhook":  {"notify", "retry"},
 	"internal/health":   {"notify"},
-	"internal/page":     {"notify", "call", "pgconn"},
+	"internal/page":     {"notify", "retry", "pgconn"},
 	"internal/sdnotify": {},
 }
 
