@@ -177,9 +177,6 @@ func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 		case r := <-l.sent: // the second connection has been used
 			l.onProbeSent(r)
 		case <-beat.C: // the loop turns
-			if l.held != nil {
-				l.retryHeld() // another queue may have left memory
-			}
 			l.OnBeat(!l.account.Since.IsZero(), l.status.Stopping, l.Ready())
 		case <-startTimeout.C: // START_TIMEOUT has passed
 			if l.account.Since.IsZero() {

@@ -162,29 +162,6 @@ func TestFullQueueBlocks(t *testing.T) {
 	r.expect(t, "after")
 }
 
-// Reading that has stopped for want of memory goes on when another queue has left some, although the handler of the full one
-// still hangs.
-func TestReadingGoesOnWhenAnotherQueueLeavesMemory(t *testing.T) {
-	t.Parallel()
-	channel := testkit.ChannelName(t)
-	first, second := make(chan struct{}), make(chan struct{})
-	defer close(second)
-	var left, kept counter
-	r := start(t, fast(testkit.DSN(t), channel+"=first,"+channel+"2=second,"+channel+"3=test", vars{"QUEUE_MEMORY": "1MB"}), table{
-		"first":  func(string, Setup) (notify.Handler, error) { return &gated{counter: &left, gate: first}, nil },
-		"second": func(string, Setup) (notify.Handler, error) { return &gated{counter: &kept, gate: second}, nil },
-	}).listening(t)
-	const large = `select pg_notify($1, lpad(i::text, 7900, 'x')) from generate_series(1, $2) i`
-	testkit.Exec(t, testkit.DB(t), large, channel, 70)     // its share of 1/6 MB, and most of the half that is for all
-	testkit.Exec(t, testkit.DB(t), large, channel+"2", 60) // more than is left
-	testkit.Send(t, channel+"3", "behind")
-	if line := r.Wait(t, "queue full", 1); line["channel"] != channel+"2" {
-		t.Fatalf("the wrong queue is full: %v", line)
-	}
-	close(first)
-	r.expect(t, "behind")
-}
-
 func TestFullQueueDrops(t *testing.T) {
 	t.Parallel()
 	channel := testkit.ChannelName(t)

@@ -486,28 +486,33 @@ func TestQueuesShareMemory(t *testing.T) {
 	t.Parallel()
 	payload := strings.Repeat("x", 1000-256) // which counts as 1000
 	b := memory.New(40_000, 2)
-	gate := make(chan struct{})
-	wait := notify.HandlerFunc(func(context.Context, notify.Notification) error { <-gate; return nil })
+	gate, begun := make(chan struct{}), make(chan struct{}, 100)
+	wait := notify.HandlerFunc(func(context.Context, notify.Notification) error {
+		begun <- struct{}{}
+		<-gate
+		return nil
+	})
 	greedy := newTestQueue(t, wait, Options{Memory: b})
 	modest := newTestQueue(t, wait, Options{Memory: b})
 	fill := func(w testQueue) (n int) {
+		w.give(t, payload) // one runs, and the rest waits
+		<-begun
 		for n < 900 && w.Offer(notify.Notification{Payload: payload}) {
 			n++
 		}
 		return n
 	}
-	// One of each runs already, or will soon.
-	if n := fill(greedy); n < 30 || n > 31 {
+	if n := fill(greedy); n != 30 {
 		t.Errorf("one queue took %d of 40, with a share of 10", n)
 	}
-	if n := fill(modest); n < 10 || n > 11 {
+	if n := fill(modest); n != 10 {
 		t.Errorf("the other took %d, with a share of 10", n)
 	}
 	if greedy.Offer(notify.Notification{Payload: payload}) {
 		t.Error("a queue that has taken all it can takes more")
 	}
 	line := greedy.Wait(t, "queue full", 1)
-	if bytes, _ := line["bytes"].(float64); bytes < 30_000 || bytes > 31_000 {
+	if bytes, _ := line["bytes"].(float64); bytes != 30_000 {
 		t.Errorf("the log says %v", line)
 	}
 	close(gate)
