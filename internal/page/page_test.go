@@ -174,6 +174,7 @@ func TestPageSaysHowThingsAre(t *testing.T) {
 			log.With("channel", "orders").Error("outbox cannot be read", "error", "42P01", "hint", "make it")
 			log.With("channel", "orders").Warn("queue full", "queue", 1000)
 		}, "calm", []string{"42P01: make it", "not: queue full"}},
+		"vacuum":             {func(w *world, _ *slog.Logger) { w.figures["orders:outbox_vacuum_held_back"] = 1 }, "look", []string{"keeps vacuum from removing dead rows"}},
 		"strange rows":       {func(w *world, _ *slog.Logger) { w.figures["orders:outbox_unhandled_rows"] = 7 }, "look", []string{"7 rows of the outbox are due on channels that this listener does not handle"}},
 		"a queue that fills": {func(w *world, _ *slog.Logger) { w.figures["notification_queue_usage_ratio"] = 0.3 }, "look", []string{"NOTIFY queue fills"}},
 		"dropped":            {func(w *world, _ *slog.Logger) { w.figures["orders:items_total dropped"] = 5 }, "look", []string{"orders has dropped 5 notifications"}},
