@@ -116,7 +116,7 @@ func TestReadmeCommands(t *testing.T) {
 		`pglistener -outbox-schema | psql "$DATABASE_URL"`: func(t *testing.T, line string) {
 			sh(t, "sh -c '"+line+"'", "OUTBOX_TABLE="+outboxTable(t, testkit.DB(t))).exit(t, 0, testkit.Patience)
 		},
-		`pglistener -trigger orders | psql "$DATABASE_URL"`: func(t *testing.T, line string) {
+		`pglistener -trigger orders | psql -v ON_ERROR_STOP=1 "$DATABASE_URL"`: func(t *testing.T, line string) {
 			schema := testkit.ChannelName(t)
 			testkit.Exec(t, testkit.DB(t), "create schema "+schema+"; create table "+schema+".orders (id int primary key)")
 			t.Cleanup(func() { _, _ = testkit.DB(t).Exec("drop schema " + schema + " cascade") })

@@ -104,7 +104,7 @@ func (r *report) handlers(ctx context.Context, in Input) {
 		if h, ok := in.Handlers[channel].(notify.Checker); ok {
 			text, err := h.Check(ctx)
 			if err != nil {
-				err = fmt.Errorf("%s: %w", channel, err)
+				err = errors.New(channel + ": " + err.Error()) // which has its own hint; those of line are about the server
 			}
 			r.line(err, "handler", channel+": "+text)
 		}

@@ -41,7 +41,7 @@ func (r Route) Shown() string {
 		shown = r.Spec()
 	case isCommand(r.Handler) && err == nil && len(words) > 0 && !strings.Contains(words[0], "="): // as in PASSWORD=x ./program
 		if shown += ":" + words[0]; len(words) > 1 {
-			shown += fmt.Sprintf(" (%d arguments)", len(words)-1)
+			shown += strings.Replace(fmt.Sprintf(" (%d arguments)", len(words)-1), "(1 arguments", "(1 argument", 1)
 		}
 	}
 	return r.Mode + " " + shown
@@ -83,6 +83,9 @@ func ParseChannels(s string, lookup Lookuper, known Known) (routes []Route, prob
 			err = fmt.Errorf("has a handler here and in %s; leave one of them out", long)
 		} else if err == nil && Unquote(value) != "" {
 			variable, spec, given = long, Unquote(value), true
+		}
+		if _, after, _ := strings.Cut(channel, ":"); err == nil && slices.Contains(slices.Concat(known.Modes, known.Handlers), after) {
+			err = errors.New("has the handler before the equals sign: write CHANNEL=[MODE:]HANDLER")
 		}
 		r, bad := parseHandler(spec, given, known)
 		r.Channel, r.Variable = channel, variable

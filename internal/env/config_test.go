@@ -55,6 +55,19 @@ func FuzzParseChannels(f *testing.F) {
 	})
 }
 
+// What belongs behind the equals sign is no part of a name.
+func TestHandlerBeforeTheEqualsSign(t *testing.T) {
+	known := Known{Handlers: []string{"log", "exec"}, Modes: []string{"plain", "outbox"}}
+	for _, s := range []string{"orders:outbox=exec:cat", "orders:log", "orders:exec=x"} {
+		if _, problems := ParseChannels(s, func(string) (string, bool) { return "", false }, known); len(problems) != 1 || !strings.Contains(problems[0].Error(), "write CHANNEL=[MODE:]HANDLER") {
+			t.Errorf("%s: %v", s, problems)
+		}
+	}
+	if _, problems := ParseChannels("tenant:7=log", func(string) (string, bool) { return "", false }, known); problems != nil {
+		t.Errorf("a colon in a name: %v", problems)
+	}
+}
+
 // What a comma cuts off a handler is not shown, whatever it looks like; and it is said what to do.
 func TestPiecesOfHandlersAreNotShown(t *testing.T) {
 	const hidden = "entry 2 is not shown, for it may be the rest of a handler before it, and one with a comma goes into a variable such as ORDERS_HANDLER: it "

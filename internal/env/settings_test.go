@@ -201,7 +201,7 @@ func TestWhatIsShownOfAHandler(t *testing.T) {
 		"outbox:https://h/hunter2":                "outbox https://h",
 		"https://u:hunter2%zz@h/":                 "plain https://...",
 		"exec:./drain --password hunter2 x":       "plain exec:./drain (3 arguments)",
-		`exec:"./my drain" 'hunter2 x'`:           "plain exec:./my drain (1 arguments)",
+		`exec:"./my drain" 'hunter2 x'`:           "plain exec:./my drain (1 argument)",
 		"exec:PASSWORD=hunter2 ./drain":           "plain exec",
 		"exec:./drain 'hunter2":                   "plain exec",
 		"https://u:12/hunter2@h/":                 "plain https://...",

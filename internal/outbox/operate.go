@@ -120,14 +120,14 @@ func parseSelection(operands []string, list bool) (what selection, err error) {
 				return what, fmt.Errorf("operand %d is too large for an id", i+1)
 			}
 			what.ids = append(what.ids, id)
+		case !named && (strings.HasPrefix(operand, "-") || strings.ContainsAny(operand, "=:@")):
+			return what, fmt.Errorf("operand %d is neither an id nor a simple name: write channel=NAME for a channel; the database is that of DATABASE_URL", i+1)
 		case list && what.states == nil && len(rest) == 2:
 			return what, errors.New("operand 1 is no state: those are failed, waiting and scheduled")
 		case len(rest) > 1:
 			return what, fmt.Errorf("operand %d is not the number of a row: several operands must all be, and a CHANNEL or all stands alone", i+1)
 		case name == "" || len(name) > pgconn.MaxIdentifier:
 			return what, fmt.Errorf("operand %d is no channel: a name has 1 to %d bytes", i+1, pgconn.MaxIdentifier)
-		case !named && (strings.HasPrefix(operand, "-") || strings.ContainsAny(operand, "=:@")):
-			return what, fmt.Errorf("operand %d is neither an id nor a simple name: write channel=NAME for a channel; the database is that of DATABASE_URL", i+1)
 		default:
 			what.channel = &name
 		}
@@ -225,15 +225,19 @@ func (p Operator) change(ctx context.Context, s store, what selection, c Command
 			n = max(len(part)/2, 1)
 		}
 	}
-	return cmp.Or(err, p.tell(c.verb, what.dry, what.ids != nil, became))
+	return cmp.Or(err, p.tell(c.verb, what, became))
 }
 
 // tell says what became of rows.
-func (p Operator) tell(verb string, dry, named bool, became map[string][]int64) (err error) {
-	if dry {
+func (p Operator) tell(verb string, what selection, became map[string][]int64) (err error) {
+	named := what.ids != nil
+	if what.dry {
 		verb = "would be " + verb
 	}
 	fmt.Fprintln(p.Stdout, verb+count(became["done"]))
+	if len(became) == 0 && what.channel != nil {
+		fmt.Fprintln(p.Stderr, "no row of a channel of that name; -outbox-list shows what there is, and several ids are separated by blanks")
+	}
 	for _, fate := range [][2]string{
 		{"locked", "skipped, an open transaction holds the row or its key; try again later"}, {"key", "skipped, another row has its key by now"},
 		{"running", "left alone, its handler is running"}, {"waiting", "left alone, it waits and has not failed"}, {"missing", "there is no such row"},

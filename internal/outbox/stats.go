@@ -173,6 +173,11 @@ func (o *Outbox) Verified(err error) {
 
 // Ready implements notify.Readier: it returns why rows are not being handled.
 func (o *Outbox) Ready() error {
+	if r, ok := o.handler.(notify.Readier); ok {
+		if err := r.Ready(); err != nil {
+			return err
+		}
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	h := &o.health

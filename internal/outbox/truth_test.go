@@ -145,6 +145,19 @@ func TestNotReadyWhileNothingSucceeds(t *testing.T) {
 	})
 }
 
+// unready is a handler that says that it cannot work.
+type unready struct{ notify.Handler }
+
+func (unready) Ready() error { return errors.New("the program does not stay") }
+
+func TestNotReadyWhileItsHandlerIsNot(t *testing.T) {
+	t.Parallel()
+	r := run(t, config{table: outboxTable(t, testkit.DB(t))}, unready{notify.HandlerFunc(func(context.Context, notify.Notification) error { return nil })})
+	if err := r.Ready(); err == nil || err.Error() != "the program does not stay" {
+		t.Errorf("%v", err)
+	}
+}
+
 // What one replica has seen fail, another or a person may end.
 func TestLatenessEndsWithTheRow(t *testing.T) {
 	t.Parallel()

@@ -40,8 +40,12 @@ for event in events:
 	}
 	p.lg.Wait(t, "output", 1)
 	line := p.lg.Wait(t, "the program of the pipe is started again", 1)
-	if line["why"] != "ended: exit status 3" || line["level"] != "WARN" {
+	if line["why"] != `ended: exit status 3, and said "no database"` || line["level"] != "WARN" {
 		t.Errorf("%v", line)
+	}
+	testkit.Eventually(t, "ready although the program does not stay", func() bool { return p.Ready() != nil })
+	if err := p.Ready(); !strings.Contains(err.Error(), `does not stay: `+p.path+` ended: exit status 3, and said "no database"`) {
+		t.Errorf("%v", err)
 	}
 	waits := make(chan error)
 	go func() { waits <- p.one("waits") }()
@@ -52,6 +56,9 @@ for event in events:
 	}
 	if err := <-waits; err != nil {
 		t.Errorf("what waited for the program: %v", err)
+	}
+	if !slices.ContainsFunc(p.lg.All("the program of the pipe is started again"), func(l testkit.Line) bool { return l["level"] == "ERROR" }) {
+		t.Error("no ERROR although the program does not stay")
 	}
 }
 

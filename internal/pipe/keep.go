@@ -61,11 +61,13 @@ func (h *handler) settle() {
 	}
 }
 
+// hopeless is how many starts in a row come to nothing until somebody has to look.
+const hopeless = 4
+
 // keep starts the program whenever it has ended, for as long as it is needed, and closes done.
 func (h *handler) keep(done chan struct{}) {
 	defer close(done)
 	var failures retry.Failures
-	failed := 0 // starts in a row that came to nothing
 	for h.needed() {
 		began := time.Now()
 		stderr := &proc.Output{Log: h.setup.Log, Stream: "stderr"}
@@ -79,7 +81,7 @@ func (h *handler) keep(done chan struct{}) {
 			h.mu.Unlock()
 			p.wait(h.setup.Grace)
 			stderr.Flush()
-			h.bury(p)
+			h.bury(p, stderr.Last)
 		} else {
 			h.mu.Lock()
 			h.down = "cannot be started: " + err.Error()
@@ -88,11 +90,16 @@ func (h *handler) keep(done chan struct{}) {
 		if p != nil && p.shut {
 			continue
 		}
-		if failed++; p != nil && p.answers > 0 || time.Since(began) > h.backoff.Max {
-			failed = 0
+		h.mu.Lock()
+		if h.failed++; p != nil && p.answers > 0 || time.Since(began) > h.backoff.Max {
+			h.failed = 0
 		}
-		wait := h.backoff.After(failed)
-		if _, shouldLog := failures.Count(h.down); shouldLog {
+		wait, kind := h.backoff.After(h.failed), h.down
+		h.mu.Unlock()
+		if p != nil {
+			kind = p.ending() // without what it said, which may be new each time
+		}
+		if _, shouldLog := failures.Count(kind); shouldLog {
 			h.report(p, wait)
 		}
 		select {
@@ -116,9 +123,11 @@ func (h *handler) needed() bool {
 // report logs why the program is started again; p is nil if it was not even started.
 func (h *handler) report(p *program, wait time.Duration) {
 	h.mu.Lock()
-	mute, starts := h.answers+h.notUnderstood == 0, h.starts
+	mute, starts, level := h.answers+h.notUnderstood == 0, h.starts, slog.LevelWarn
+	if h.failed >= hopeless {
+		level = slog.LevelError
+	}
 	h.mu.Unlock()
-	level := slog.LevelWarn
 	attrs := []any{"program", h.path, "why", h.down, "starts", starts, "again_in", wait.Round(time.Millisecond)}
 	switch {
 	case p == nil:

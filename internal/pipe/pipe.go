@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -35,6 +36,7 @@ type handler struct {
 	program  *program         // nil while none runs
 	down     string           // why the last one ended; only keep changes it
 	kept     chan struct{}    // closed when keep returns; nil while it does not run
+	failed   int              // starts in a row that came to nothing
 	ended    bool             // by Run: a program is only started for what still comes, and runs no longer than that
 
 	starts, answers, notUnderstood uint64 // since the start
@@ -186,12 +188,14 @@ func (h *handler) finish(it *item, err error) {
 	h.settle()
 }
 
-// bury says what becomes of the items that a program has not answered, now that it has ended. When one of several was to blame for
+// bury says what becomes of the items that a program has not answered, now that it has ended; last is the last line of its stderr. When one of several was to blame for
 // its end, they become suspects, to be sent one at a time. What the program has not even begun to read is never to blame.
-func (h *handler) bury(p *program) {
+func (h *handler) bury(p *program, last string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.program, h.down = nil, p.ending()
+	if h.program, h.down = nil, p.ending(); last != "" && h.setup.LogPayloads {
+		h.down += ", and said " + strconv.Quote(strings.ToValidUTF8(notify.Cut(last, 200), "?"))
+	}
 	n := 0
 	for n < len(p.sent) && p.sent[n].offset < p.consumed {
 		n++
@@ -226,6 +230,16 @@ func (h *handler) bury(p *program) {
 		}
 	}
 	h.waiting = append(again, h.waiting...)
+}
+
+// Ready implements notify.Readier.
+func (h *handler) Ready() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.failed < hopeless {
+		return nil
+	}
+	return fmt.Errorf("its program does not stay: %s %s", h.path, h.down)
 }
 
 // Stats implements notify.Meter.

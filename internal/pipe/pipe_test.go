@@ -307,6 +307,9 @@ func TestSecretAnswers(t *testing.T) {
 	t.Parallel()
 	p := newPipe(t, 1, `
 for event in events:
+    if event["payload"] == "dies":
+        sys.stderr.write("swordfish\n")
+        sys.exit(1)
     say("hunter2\n")
     answer(event, error="hunter2", permanent=True)
 `)
@@ -318,6 +321,9 @@ for event in events:
 	p.lg.Wait(t, "a line of the program is no answer", 1)
 	if strings.Contains(p.lg.String(), "hunter2") {
 		t.Error("the log quotes the program")
+	}
+	if err := p.one("dies"); err == nil || strings.Contains(err.Error(), "swordfish") {
+		t.Errorf("%v", err)
 	}
 }
 

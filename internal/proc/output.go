@@ -13,6 +13,8 @@ type Output struct {
 	Log    *slog.Logger
 	Stream string // "stdout" or "stderr"
 
+	Last string // line that was logged
+
 	line []byte
 	cut  bool // the line was longer than MaxLine; the rest is skipped
 }
@@ -39,7 +41,8 @@ func (o *Output) Flush() {
 }
 
 func (o *Output) end() {
-	attrs := []any{"stream", o.Stream, "line", string(bytes.TrimSuffix(o.line, []byte("\r")))}
+	o.Last = string(bytes.TrimSuffix(o.line, []byte("\r")))
+	attrs := []any{"stream", o.Stream, "line", o.Last}
 	if o.cut {
 		attrs = append(attrs, "cut_at", MaxLine)
 	}
