@@ -27,7 +27,7 @@ func TestLogThatNobodyReadsStopsNothing(t *testing.T) {
 	script, out := filepath.Join(dir, "script"), filepath.Join(dir, "out")
 	// Each run writes a line, and more to its own stderr than the pipe holds.
 	text := "#!/bin/sh\nread -r payload\nhead -c 20000 /dev/zero | tr '\\0' x | fold -w 1000 >&2\necho >&2\necho \"$payload\" >> " + out + "\n"
-	if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
+	if err := testkit.WriteProgram(script, text); err != nil {
 		t.Fatal(err)
 	}
 	read, write, err := os.Pipe()

@@ -76,7 +76,7 @@ func (c chaos) worker(t *testing.T, out string, failing int) string {
 	path := filepath.Join(t.TempDir(), "worker")
 	script := fmt.Sprintf("#!/bin/sh\nread -r payload || exit 1\nset -- $(echo \"%d $payload $PGLISTENER_ATTEMPT\" | cksum)\n"+
 		"[ $(($1 %% 100)) -lt %d ] && exit 1\necho \"$PGLISTENER_ID $REPLICA $PGLISTENER_ATTEMPT $payload\" >> %s\n", c.seed, failing, out)
-	if err := os.WriteFile(path, []byte(script), 0o755); err != nil {
+	if err := testkit.WriteProgram(path, script); err != nil {
 		t.Fatal(err)
 	}
 	return path
@@ -281,7 +281,7 @@ func TestOutboxIDAndAttempt(t *testing.T) {
 	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
 	script := filepath.Join(t.TempDir(), "script")
 	text := "#!/bin/sh\necho \"$PGLISTENER_ID $PGLISTENER_ATTEMPT $(wc -c)\"; test \"$PGLISTENER_ATTEMPT\" = 2\n"
-	if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
+	if err := testkit.WriteProgram(script, text); err != nil {
 		t.Fatal(err)
 	}
 	r := start(t, fast(testkit.DSN(t), channel+"=outbox:exec:"+script, sending(tab)), nil).listening(t)

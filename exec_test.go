@@ -23,7 +23,7 @@ func slowScript(t *testing.T, seconds string) (path, out string) {
 	dir := t.TempDir()
 	path, out = filepath.Join(dir, "slow"), filepath.Join(dir, "out")
 	text := fmt.Sprintf("#!/bin/sh\nread -r payload\nsleep %s\necho \"$payload\" >> %s\n", seconds, out)
-	if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
+	if err := testkit.WriteProgram(path, text); err != nil {
 		t.Fatal(err)
 	}
 	return path, out
@@ -101,7 +101,7 @@ func TestReadmePicture(t *testing.T) {
 	}
 	dir := t.TempDir()
 	drain := "#!/bin/sh\necho 3 jobs done\n"
-	if err := os.WriteFile(filepath.Join(dir, "drain"), []byte(drain), 0o755); err != nil {
+	if err := testkit.WriteProgram(filepath.Join(dir, "drain"), drain); err != nil {
 		t.Fatal(err)
 	}
 	// The picture's channels have plain names, which other tests must not use.

@@ -24,7 +24,7 @@ func pipeProgram(t *testing.T, text string) (path string) {
 	path = filepath.Join(t.TempDir(), "program")
 	text = "#!" + testkit.Python(t) + "\nimport json, os, signal, sys, time\n" +
 		"def answer(event, **more): print(json.dumps({'id': event['id'], **(more or {'ok': True})}), flush=True)\n" + text
-	if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
+	if err := testkit.WriteProgram(path, text); err != nil {
 		t.Fatal(err)
 	}
 	return path
@@ -224,7 +224,7 @@ func TestCheckOfAPipe(t *testing.T) {
 	pid := filepath.Join(t.TempDir(), "pid")
 	program := filepath.Join(t.TempDir(), "program")
 	text := "#!/bin/sh\necho $$ >\"$1\"\nif [ $2 = fails ]; then echo no such module >&2; exit 1; fi\nwhile read -r line; do :; done\n"
-	if err := os.WriteFile(program, []byte(text), 0o755); err != nil {
+	if err := testkit.WriteProgram(program, text); err != nil {
 		t.Fatal(err)
 	}
 	out := runCheck(t, fast(testkit.DSN(t), channel+"=pipe:"+program+" "+pid+" secret"), cli.OK)

@@ -88,7 +88,7 @@ func ownDatabase(t *testing.T) (dsn string) {
 func (n *night) script(name, text string) (path string) {
 	n.t.Helper()
 	path = filepath.Join(n.dir, name)
-	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+text+"\n"), 0o755); err != nil {
+	if err := testkit.WriteProgram(path, "#!/bin/sh\n"+text+"\n"); err != nil {
 		n.t.Fatal(err)
 	}
 	return path

@@ -32,7 +32,7 @@ func TestNoSecretIsShown(t *testing.T) {
 	})
 	script := filepath.Join(dir, "script")
 	// A program that shows what it inherits of ours, and fails.
-	if err := os.WriteFile(script, []byte("#!/bin/sh\nenv | grep -v -e DATABASE_URL -e PGLISTENER_\nexit 1\n"), 0o755); err != nil {
+	if err := testkit.WriteProgram(script, "#!/bin/sh\nenv | grep -v -e DATABASE_URL -e PGLISTENER_\nexit 1\n"); err != nil {
 		t.Fatal(err)
 	}
 	secret := func(i int) string {

@@ -27,7 +27,7 @@ func TestThreeJobsFromOneFile(t *testing.T) {
 	dir := t.TempDir()
 	for _, job := range []string{"drain", "report", "clean"} {
 		text := fmt.Sprintf("#!/bin/sh\necho \"%s $1 for ${PGLISTENER_RUN_AT:-a ring}\" >> %s/ran\n", job, dir)
-		if err := os.WriteFile(filepath.Join(dir, job), []byte(text), 0o755); err != nil {
+		if err := testkit.WriteProgram(filepath.Join(dir, job), text); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -100,7 +100,7 @@ func TestChannelsDiffer(t *testing.T) {
 	a, b := testkit.ChannelName(t)+"_a", testkit.ChannelName(t)+"_b"
 	dir := t.TempDir()
 	text := "#!/bin/sh\necho \"begin $PGLISTENER_CHANNEL\" >> " + dir + "/ran\nsleep 1\necho \"end $PGLISTENER_CHANNEL\" >> " + dir + "/ran\n"
-	if err := os.WriteFile(filepath.Join(dir, "slow"), []byte(text), 0o755); err != nil {
+	if err := testkit.WriteProgram(filepath.Join(dir, "slow"), text); err != nil {
 		t.Fatal(err)
 	}
 	p := runProgram(t, fast(testkit.DSN(t), a+"=exec:"+dir+"/slow,"+b+"=exec:"+dir+"/slow", vars{

@@ -22,7 +22,7 @@ const grace = 500 * time.Millisecond
 func script(t *testing.T, lines string) (notify.Handler, *testkit.Logs) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "script")
-	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+lines+"\n"), 0o755); err != nil {
+	if err := testkit.WriteProgram(path, "#!/bin/sh\n"+lines+"\n"); err != nil {
 		t.Fatal(err)
 	}
 	lg := testkit.NewLogs(t)
@@ -100,7 +100,7 @@ func TestExecIsStoppedWithItsChildren(t *testing.T) {
 			dir := t.TempDir()
 			pids := filepath.Join(dir, "pids")
 			path := filepath.Join(dir, "script")
-			if err := os.WriteFile(path, []byte("#!/bin/sh\necho $$ > \"$1\"\n"+body+"\n"), 0o755); err != nil {
+			if err := testkit.WriteProgram(path, "#!/bin/sh\necho $$ > \"$1\"\n"+body+"\n"); err != nil {
 				t.Fatal(err)
 			}
 			h, err := New([]string{path, pids}, proc.Settings{}, notify.Setup{Log: testkit.NewLogs(t).Logger(), Grace: grace})
@@ -162,7 +162,7 @@ func TestExecInheritsNoSecrets(t *testing.T) {
 	inherited := func(pass string) string {
 		t.Helper()
 		path := filepath.Join(t.TempDir(), "script")
-		if err := os.WriteFile(path, []byte("#!/bin/sh\nenv\n"), 0o755); err != nil {
+		if err := testkit.WriteProgram(path, "#!/bin/sh\nenv\n"); err != nil {
 			t.Fatal(err)
 		}
 		lg := testkit.NewLogs(t)
@@ -206,7 +206,7 @@ func TestExecIsNoShell(t *testing.T) {
 func TestExecOfAScriptFromWindows(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "script")
-	if err := os.WriteFile(path, []byte("#!/bin/sh\r\necho hello\r\n"), 0o755); err != nil {
+	if err := testkit.WriteProgram(path, "#!/bin/sh\r\necho hello\r\n"); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := New([]string{path}, proc.Settings{}, notify.Setup{}); err == nil || !strings.Contains(err.Error(), "CR LF") || !strings.Contains(err.Error(), "sed -i") {

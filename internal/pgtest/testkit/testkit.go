@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -297,10 +298,18 @@ func Program(t testing.TB, document, language string) (path string) {
 	_, rest, _ := strings.Cut(string(text), "```"+language+"\n")
 	program, _, found := strings.Cut(rest, "```")
 	path = filepath.Join(t.TempDir(), "program")
-	if err := os.WriteFile(path, []byte(program), 0o755); err != nil || !found {
+	if err := WriteProgram(path, program); err != nil || !found {
 		t.Fatalf("%s: no program in %s: %v", document, language, err)
 	}
 	return path
+}
+
+// WriteProgram writes a file that is to be run. No program is started meanwhile: it would have the file open for a moment, and what
+// is open for writing cannot be run.
+func WriteProgram(path, text string) error {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	return os.WriteFile(path, []byte(text), 0o755)
 }
 
 // ReadFile returns a file's text.
