@@ -148,7 +148,7 @@ func TestPanicIsSurvived(t *testing.T) {
 
 func TestHandlerTimeout(t *testing.T) {
 	t.Parallel()
-	const limit = 50 * time.Millisecond
+	const limit = 100 * time.Millisecond
 	var attempts, quick atomic.Int64
 	w := newTestQueue(t, notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
 		if n.Payload == "quick" {
@@ -158,7 +158,7 @@ func TestHandlerTimeout(t *testing.T) {
 		began := time.Now()
 		attempts.Add(1)
 		<-ctx.Done()
-		if took := time.Since(began); took < limit {
+		if took := time.Since(began); took < limit*4/5 { // the call may have begun a moment before
 			t.Errorf("ended after %v, before its limit", took)
 		}
 		return ctx.Err()
