@@ -18,8 +18,8 @@ type scan struct {
 
 const (
 	dearLook    = 2 * time.Millisecond  // on the server, when less was due than there was room for
-	dearClaim   = 20 * time.Millisecond // for us, besides
-	perRow      = 50 * time.Microsecond // for each row claimed
+	dearClaim   = 5 * time.Millisecond  // for us, besides
+	perRow      = 20 * time.Microsecond // for each row claimed
 	scanPause   = 2 * time.Second       // between looks at everything, while they are dear,
 	scanBalance = 10                    // and so many times their own cost
 )
