@@ -87,11 +87,13 @@ func num(n float64) string {
 }
 
 // spaced makes of Go's durations what people write.
-var spaced = strings.NewReplacer("h0m0s", " h", "m0s", " min", "h", " h ", "ms", " ms", "µs", " µs", "ns", " ns", "m", " min ", "s", " s")
+var spaced = strings.NewReplacer("h0m0s", " h", "m0s", " min", "h", " h ", "ms", " ms", "µs", " µs", "ns", " ns",
+	"m", " min ", "s", " s")
 
-// length writes a duration so that it is read at a glance: no more exactly than it needs to be.
+// length writes a duration so that it is read at a glance: no more exactly than it needs to be, so that small ones have
+// tenths of a second or millisecond.
 func length(d time.Duration) string {
-	for _, unit := range []time.Duration{time.Minute, time.Second, time.Second / 10, time.Millisecond, time.Millisecond / 10, time.Microsecond} {
+	for _, unit := range []time.Duration{time.Minute, time.Second, 1e8, time.Millisecond, 1e5, time.Microsecond} {
 		if d >= 10*unit {
 			d = d.Truncate(unit)
 		}

@@ -174,7 +174,18 @@ func TestPageSaysHowThingsAre(t *testing.T) {
 			log.With("channel", "orders").Error("outbox cannot be read", "error", "42P01", "hint", "make it")
 			log.With("channel", "orders").Warn("queue full", "queue", 1000)
 		}, "calm", []string{"42P01: make it", "not: queue full"}},
-		"vacuum":             {func(w *world, _ *slog.Logger) { w.figures["orders:outbox_vacuum_held_back"] = 1 }, "look", []string{"keeps vacuum from removing dead rows"}},
+		"vacuum": {func(w *world, _ *slog.Logger) { w.figures["orders:outbox_vacuum_held_back"] = 1 }, "look", []string{"keeps vacuum from removing dead rows"}},
+		"a channel that is silent": {func(_ *world, log *slog.Logger) {
+			log.With("channel", "orders").Warn("handler failed", "error", os.ErrDeadlineExceeded)
+		}, "calm", []string{"i/o timeout", "not: the connection fell silent"}},
+		"a long reason": {func(w *world, _ *slog.Logger) {
+			w.hears, w.works["orders"] = errors.New(strings.Repeat("x", 300)), errors.New(strings.Repeat("y", 300))
+		}, "fire", []string{strings.Repeat("x", 240) + " ...", strings.Repeat("y", 240) + " ..."}},
+		"failed rows of two channels": {func(w *world, _ *slog.Logger) {
+			for _, name := range []string{"orders", "mail"} {
+				w.figures[name+":outbox_rows due"], w.figures[name+":outbox_rows failed"] = 2, 2
+			}
+		}, "look", []string{"4 rows of the outbox have failed", "4 due"}},
 		"strange rows":       {func(w *world, _ *slog.Logger) { w.figures["orders:outbox_unhandled_rows"] = 7 }, "look", []string{"7 rows of the outbox are due on channels that this listener does not handle"}},
 		"a queue that fills": {func(w *world, _ *slog.Logger) { w.figures["notification_queue_usage_ratio"] = 0.3 }, "look", []string{"NOTIFY queue fills"}},
 		"dropped":            {func(w *world, _ *slog.Logger) { w.figures["orders:items_total dropped"] = 5 }, "look", []string{"orders has dropped 5 notifications"}},
@@ -452,6 +463,10 @@ func TestLastHourAndSinceWhen(t *testing.T) {
 		if h := hour(); h.Done != 5 || h.Failed != 1 {
 			t.Errorf("%+v after work in the third hour", h)
 		}
+		if n := len(r.view.Channels[0].minutes); n > 60 {
+			t.Errorf("it remembers %d minutes", n)
+		}
+		expect(t, page(t, r), `viewBox="0 -5 60 5" preserveAspectRatio="none"><rect x="59.3" y="-5" width=".4" height="5"/>`, `viewBox="0 0 60 1" preserveAspectRatio="none"><rect x="59.3" width=".4" height="1"/>`)
 
 		since := func() (ready, hears, work time.Duration) {
 			page(t, r)
@@ -597,5 +612,26 @@ func TestLengthsAndTimes(t *testing.T) {
 		if got := num(n); got != want {
 			t.Errorf("%v is %q", n, got)
 		}
+	}
+}
+
+func TestNextRunsAreListed(t *testing.T) {
+	t.Parallel()
+	source := newWorld().source()
+	for name, schedule := range map[string]string{"a": "@daily", "b": "CRON_TZ=Asia/Tokyo @every 5m", "c": "0 0 30 2 *", "d": ""} {
+		source.Channels = append(source.Channels, Channel{Name: name, Schedule: schedule, Works: func() error { return nil }})
+	}
+	source.Next = func(schedule string, _, now time.Time) (time.Time, error) {
+		if schedule != "@daily" {
+			return time.Time{}, nil
+		}
+		return now.Add(90 * time.Minute), nil
+	}
+	r, _ := Watch(slog.New(slog.DiscardHandler))
+	t.Cleanup(r.Start(source))
+	said := words(page(t, r))
+	expect(t, said, "(in 1 h 30 min)", "b CRON_TZ=Asia/Tokyo @every 5m counted from the run before", "c 0 0 30 2 * never")
+	if n := strings.Count(said, "never"); n != 1 {
+		t.Errorf("%d runs never come", n)
 	}
 }

@@ -47,10 +47,9 @@ type Channel struct {
 // since when things have been as they are. Its methods may be called from any goroutine. A line of the log may come from whoever
 // holds the lock of a channel, so the Source is never asked while mu is held.
 type Recorder struct {
-	turn  sync.Mutex // of those who look; taken before mu
-	mu    sync.Mutex
-	cause event // of the gap that is under way, if there is one; guarded by mu
-	view  view
+	turn, mu sync.Mutex // turn is of those who look, and taken before mu
+	cause    event      // of the gap that is under way, if there is one; guarded by mu
+	view     view
 }
 
 // figures are by the name of the metric without pglistener_, and a blank and the value of the label that it has besides channel.
@@ -164,7 +163,8 @@ func (r *Recorder) look() {
 // add brings figures up to date, and counts in the minute of now what has happened since the last ones.
 func (c *channel) add(f figures, now time.Time) {
 	since := func(key string) float64 { return max(0, f[key]-c.Figures[key]) }
-	m := minute{since("items_total done"), since("handler_duration_seconds"), since("handler_failures_total"), since("handler_duration_seconds sum")}
+	m := minute{since("items_total done"), since("handler_duration_seconds"), since("handler_failures_total"),
+		since("handler_duration_seconds sum")}
 	n := now.Unix() / 60
 	c.minutes[n] = c.minutes[n].plus(m)
 	maps.DeleteFunc(c.minutes, func(old int64, _ minute) bool { return old <= n-60 })
@@ -245,19 +245,18 @@ func (r *Recorder) heed(line slog.Record, with []slog.Attr) {
 	to, _ := a["gap_to"].(time.Time)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	v := &r.view
-	i := slices.IndexFunc(v.Channels, func(c *channel) bool { return c.Name == a["channel"] })
+	i := slices.IndexFunc(r.view.Channels, func(c *channel) bool { return c.Name == a["channel"] })
 	switch {
 	case ended:
 		gap := event{From: from, At: to, Text: "not known"}
 		if r.cause.At.After(from.Add(-10 * time.Second)) { // a ping fails before the connection is given up
 			gap.Text = r.cause.Text
 		}
-		v.Gaps, r.cause = slices.Insert(v.Gaps[:min(len(v.Gaps), maxGaps-1)], 0, gap), event{}
+		r.view.Gaps, r.cause = slices.Insert(r.view.Gaps[:min(len(r.view.Gaps), maxGaps-1)], 0, gap), event{}
 	case a["channel"] == nil && lost && r.cause.At.IsZero():
 		r.cause = told
 	case i >= 0 && a["error"] != nil:
-		c := v.Channels[i]
+		c := r.view.Channels[i]
 		c.Error = told
 		if a["event"] != nil && a["attempts"] != nil { // else it is tried again
 			others := slices.DeleteFunc(c.Failed, func(o event) bool { return o.ID == told.ID })
