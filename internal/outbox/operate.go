@@ -139,31 +139,10 @@ func parseSelection(operands []string, list bool) (what selection, err error) {
 
 // query runs a statement in a transaction of its own, which waits for no lock for long, and calls each for its rows.
 func (p Operator) query(s store, query string, readOnly bool, args []any, each func(*sql.Rows) error) error {
-	tx, err := s.db.BeginTx(context.Background(), &sql.TxOptions{ReadOnly: readOnly})
-	if pq.As(err, pqerror.FeatureNotSupported) != nil {
-		return errors.New("the server is a standby, where rows can only be listed; DATABASE_URL must name the primary")
-	} else if err != nil {
-		return err
-	}
-	defer func() { _ = tx.Rollback() }()                             // of what is not committed
-	wait := fmt.Sprint(max(1, min(500, p.Timeout.Milliseconds()/2))) // for what an open transaction holds
+	wait := max(1, min(500, p.Timeout.Milliseconds()/2)) // for what an open transaction holds
 	// Nobody may have analyzed a table that is in trouble: the planner is not to guess that reading all of it is cheap.
-	if _, err = tx.Exec(`select set_config('lock_timeout', $1, true), set_config('timezone', 'UTC', true), set_config('jit', 'off', true),
-		set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)`, wait); err != nil {
-		return err
-	}
-	rows, err := tx.Query(s.table.sql(query), args...)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() && err == nil {
-		err = each(rows)
-	}
-	if err = errors.Join(err, rows.Err()); err != nil {
-		return err
-	}
-	return tx.Commit()
+	return s.transact(readOnly, fmt.Sprintf(`set local lock_timeout = %d; set local timezone = 'UTC'; set local jit = off;
+		set local enable_seqscan = off; set local enable_hashjoin = off; set local enable_mergejoin = off`, wait), query, args, each)
 }
 
 const batchRows = 5000 // at once, at most

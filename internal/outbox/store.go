@@ -2,15 +2,18 @@ package outbox
 
 import (
 	"cmp"
+	"context"
 	"database/sql"
 	"embed"
 	"encoding/json"
+	"errors"
 	"math"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
 // store is the SQL of the outbox. All times are the server's. There is no context: each statement is short, and the connection
@@ -64,25 +67,18 @@ func (p place) args() (runAt any, id int64) {
 
 // claim takes up to n due rows after a place, but no more once their payloads have s.bytes.
 func (s store) claim(n int, from place) ([]job, error) {
-	began := time.Now()
+	began, jobs := time.Now(), make([]job, 0, min(n, 100))
 	runAt, id := from.args()
-	rows, err := s.db.Query(s.table.sql(claimSQL), s.channel, n, s.lease.Seconds(), s.owner, runAt, id, s.bytes)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	jobs := make([]job, 0, min(n, 100))
-	for rows.Next() {
+	err := s.after(from, claimSQL, []any{s.channel, n, s.lease.Seconds(), s.owner, runAt, id, s.bytes}, func(rows *sql.Rows) error {
 		j := job{claimed: began}
-		if err := rows.Scan(&j.id, &j.event, &j.payload, &j.attempts, &j.schedule, &j.keyed, &j.xmin, &j.until,
-			(*epoch)(&j.runAt), (*epoch)(&j.due), (*epoch)(&j.created)); err != nil {
-			return nil, err
-		}
+		err := rows.Scan(&j.id, &j.event, &j.payload, &j.attempts, &j.schedule, &j.keyed, &j.xmin, &j.until,
+			(*epoch)(&j.runAt), (*epoch)(&j.due), (*epoch)(&j.created))
 		jobs = append(jobs, j)
-	}
+		return err
+	})
 	// UPDATE returns rows as it comes upon them.
 	slices.SortFunc(jobs, func(a, b job) int { return cmp.Or(a.runAt.Compare(b.runAt), cmp.Compare(a.id, b.id)) })
-	return jobs, rows.Err()
+	return jobs, err
 }
 
 // nextDue is how long it is until the next row after a place is due or its lease ends, which may be past; an hour if there is
@@ -90,8 +86,52 @@ func (s store) claim(n int, from place) ([]job, error) {
 func (s store) nextDue(from place) (wait time.Duration, now time.Time, took time.Duration, err error) {
 	runAt, id := from.args()
 	var seconds, looked float64
-	err = s.db.QueryRow(s.table.sql(nextSQL), s.channel, runAt, id).Scan(&seconds, &now, &looked)
+	err = s.after(from, nextSQL, []any{s.channel, runAt, id}, func(rows *sql.Rows) error { return rows.Scan(&seconds, &now, &looked) })
 	return time.Duration(seconds * float64(time.Second)), now, time.Duration(looked * float64(time.Second)), err
+}
+
+// steer keeps the planner to the index of due rows, which has their order. A table of which dead rows cannot be removed looks empty
+// to it once autovacuum has analyzed it, and then to read another index from end to end and sort seems as good.
+const steer = "set local enable_sort = off; set local enable_seqscan = off; set local enable_bitmapscan = off"
+
+// after runs a query about rows after a place, and steers it unless that is the beginning.
+func (s store) after(from place, query string, args []any, each func(*sql.Rows) error) error {
+	if !from.runAt.IsZero() {
+		return s.transact(false, steer, query, args, each)
+	}
+	rows, err := s.db.Query(s.table.sql(query), args...)
+	return forEach(rows, err, each)
+}
+
+// transact runs a query in a transaction with settings of its own, for behind a pooler no session is ours, and calls each for its rows.
+func (s store) transact(readOnly bool, settings, query string, args []any, each func(*sql.Rows) error) error {
+	tx, err := s.db.BeginTx(context.Background(), &sql.TxOptions{ReadOnly: readOnly})
+	if pq.As(err, pqerror.FeatureNotSupported) != nil {
+		return errors.New("the server is a standby, where rows can only be listed; DATABASE_URL must name the primary")
+	} else if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }() // of what is not committed
+	if _, err = tx.Exec(settings); err != nil {
+		return err
+	}
+	rows, err := tx.Query(s.table.sql(query), args...)
+	if err = forEach(rows, err, each); err == nil {
+		err = tx.Commit()
+	}
+	return err
+}
+
+// forEach calls each for the rows of a query, until one returns an error.
+func forEach(rows *sql.Rows, err error, each func(*sql.Rows) error) error {
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() && err == nil {
+		err = each(rows)
+	}
+	return errors.Join(err, rows.Err())
 }
 
 // complete deletes rows that have neither key nor schedule, if they are still ours, and returns how many were. Of these rows attempts
