@@ -23,7 +23,7 @@ import (
 // A program that dies at its start says nothing of what waits for it.
 func TestDiesAtStart(t *testing.T) {
 	t.Parallel()
-	p := start(t, 10, `
+	p := newPipe(t, 10, `
 note("started")
 if not exists("mended"):
     sys.stderr.write("no database\n")
@@ -31,6 +31,8 @@ if not exists("mended"):
 for event in events:
     answer(event)
 `)
+	p.backoff.Max = 10 * time.Second // no life is that long
+	p.run()
 	p.lg.Wait(t, "the program of the pipe is started again", 1)
 	results := p.each(func(string) time.Duration { return 300 * time.Millisecond }, hundred()[:10]...)
 	for payload, err := range results {
@@ -43,8 +45,9 @@ for event in events:
 	if line["why"] != `ended: exit status 3, and said "no database"` || line["level"] != "WARN" {
 		t.Errorf("%v", line)
 	}
-	testkit.Eventually(t, "ready although the program does not stay", func() bool { return p.Ready() != nil })
-	if err := p.Ready(); !strings.Contains(err.Error(), `does not stay: `+p.path+` ended: exit status 3, and said "no database"`) {
+	var err error
+	testkit.Eventually(t, "ready although the program does not stay", func() bool { err = p.Ready(); return err != nil })
+	if !strings.Contains(err.Error(), "does not stay: "+p.path) {
 		t.Errorf("%v", err)
 	}
 	waits := make(chan error)
@@ -60,6 +63,25 @@ for event in events:
 	if !slices.ContainsFunc(p.lg.All("the program of the pipe is started again"), func(l testkit.Line) bool { return l["level"] == "ERROR" }) {
 		t.Error("no ERROR although the program does not stay")
 	}
+	if err := p.Ready(); err != nil {
+		t.Errorf("it has answered, and %v", err)
+	}
+}
+
+// One that stays when it was mended is well before anything comes for it.
+func TestReadyAgainWithoutAnyWork(t *testing.T) {
+	t.Parallel()
+	p := newPipe(t, 1, `
+note("started")
+if len(open(sys.argv[1] + "/started").readlines()) < 6:
+    sys.exit(3)
+for event in events:
+    answer(event)
+`)
+	p.backoff.Max = time.Second
+	p.run()
+	testkit.Eventually(t, "ready although the program does not stay", func() bool { return p.Ready() != nil })
+	testkit.Eventually(t, "not ready although the program stays", func() bool { return p.Ready() == nil && len(p.notes("started")) == 6 })
 }
 
 // Starts in vain are spaced, and thinned in the log.

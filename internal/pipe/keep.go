@@ -74,7 +74,7 @@ func (h *handler) keep(done chan struct{}) {
 		p, err := h.launch(h.read, stderr)
 		if err == nil {
 			h.mu.Lock()
-			h.program, h.starts = p, h.starts+1
+			h.program, h.starts, h.began = p, h.starts+1, began
 			p.background.Go(func() { h.write(p) })
 			h.send()
 			h.settle()

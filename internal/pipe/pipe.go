@@ -34,6 +34,7 @@ type handler struct {
 	suspects map[*item]bool   // those in flight, and not alone, when a program died; while there are any, one at a time is in flight
 	calls    uint64           // of Handle, ever
 	program  *program         // nil while none runs
+	began    time.Time        // when it was started
 	down     string           // why the last one ended; only keep changes it
 	kept     chan struct{}    // closed when keep returns; nil while it does not run
 	failed   int              // starts in a row that came to nothing
@@ -236,7 +237,7 @@ func (h *handler) bury(p *program, last string) {
 func (h *handler) Ready() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.failed < hopeless {
+	if h.failed < hopeless || h.program != nil && time.Since(h.began) > h.backoff.Max {
 		return nil
 	}
 	return fmt.Errorf("its program does not stay: %s %s", h.path, h.down)

@@ -111,8 +111,7 @@ func (h *handler) take(p *program, line []byte, tooLong bool) {
 	}
 	h.mu.Lock()
 	if it := h.items[id]; problem == "" && it != nil && it.program == p {
-		p.answers++
-		h.answers++
+		p.answers, h.answers, h.failed = p.answers+1, h.answers+1, 0
 		h.finish(it, result)
 		h.mu.Unlock()
 		return
