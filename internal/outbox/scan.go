@@ -52,10 +52,10 @@ func (o *Outbox) look(room int, short bool) (claimed int, next time.Duration, er
 	}
 	jobs, err := o.store.claim(room, from)
 	dear := time.Since(began) > dearClaim+time.Duration(len(jobs))*perRow
-	o.push(jobs)
-	if err != nil {
-		return len(jobs), 0, err
+	if err != nil { // what it has claimed all the same comes due again
+		return 0, 0, err
 	}
+	o.push(jobs)
 	if s.drained = len(jobs) < room; s.drained {
 		var now time.Time
 		var took time.Duration

@@ -12,6 +12,7 @@
 -- The way back to the version before: the old program works with this table as it is.
 
 set lock_timeout = '10s';
+set client_min_messages = warning; -- not what is there already
 
 create table if not exists {table} (
 	id           bigint generated always as identity primary key,
@@ -85,4 +86,5 @@ create or replace trigger {schedule} before insert on {table}
 create or replace trigger {touch} before update of payload, schedule on {table}
 	for each row execute function {change}({swept});
 
+reset client_min_messages;
 reset lock_timeout;
