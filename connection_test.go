@@ -1,8 +1,6 @@
 package main
 
 import (
-	"encoding/binary"
-	"io"
 	"net"
 	"strconv"
 	"strings"
@@ -96,60 +94,23 @@ func TestConnectTimeoutOfTheDSNHolds(t *testing.T) {
 // a pooler that has lost its server does; lib/pq panics (fact 9).
 func TestPingThatIsRefused(t *testing.T) {
 	t.Parallel()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
+	addr := testkit.FakeServer(t, func(send testkit.Sender) func(string) {
+		pings := 0
+		return func(text string) {
+			switch {
+			case text != "":
+				send('C', "LISTEN\x00")
+			case pings == 0: // register's
+				send('I', "")
+			default:
+				send('E', "SERROR\x00C08P01\x00Mno server\x00\x00")
 			}
-			go refusePings(c)
+			if text == "" {
+				pings++
+			}
 		}
-	}()
-	r := start(t, fast(pgtest.DSN(l.Addr().String()), testkit.ChannelName(t)+"=test", vars{"PING_INTERVAL": "100ms"}), nil)
+	})
+	r := start(t, fast(pgtest.DSN(addr), testkit.ChannelName(t)+"=test", vars{"PING_INTERVAL": "100ms"}), nil)
 	r.Wait(t, "ping failed", 1)
 	r.Wait(t, "reconnected", 1)
-}
-
-// refusePings speaks as much of the protocol as lib/pq's Listener needs.
-func refusePings(c net.Conn) {
-	defer c.Close()
-	message := func(kind byte, body string) {
-		b := append([]byte{kind}, binary.BigEndian.AppendUint32(nil, uint32(len(body)+4))...)
-		_, _ = c.Write(append(b, body...))
-	}
-	var length [4]byte
-	if _, err := io.ReadFull(c, length[:]); err != nil {
-		return
-	}
-	if _, err := io.CopyN(io.Discard, c, int64(binary.BigEndian.Uint32(length[:]))-4); err != nil {
-		return
-	}
-	message('R', "\x00\x00\x00\x00")
-	message('Z', "I")
-	pings := 0
-	for {
-		var head [5]byte
-		if _, err := io.ReadFull(c, head[:]); err != nil {
-			return
-		}
-		body := make([]byte, binary.BigEndian.Uint32(head[1:])-4)
-		if _, err := io.ReadFull(c, body); err != nil || head[0] == 'X' {
-			return
-		}
-		if string(body) == "\x00" {
-			if pings++; pings > 1 { // the first one is register's
-				message('E', "SERROR\x00C08P01\x00Mno server\x00\x00")
-			} else {
-				message('I', "")
-			}
-		} else {
-			message('C', "LISTEN\x00")
-		}
-		message('Z', "I")
-	}
 }

@@ -32,7 +32,7 @@ func TestServersWithoutListenAreNamed(t *testing.T) {
 	} {
 		t.Run(c.version, func(t *testing.T) {
 			t.Parallel()
-			addr := testkit.FakeServer(t, "15.12", "f", c.version)
+			addr := testkit.FakeServer(t, testkit.OneRow("15.12", "f", c.version))
 			var out strings.Builder
 			Run(t.Context(), Input{DSN: pgtest.DSN(addr), Timeout: testkit.Patience, Channels: []string{"orders"},
 				Listen: func(context.Context) (time.Duration, bool, error) {
