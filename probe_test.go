@@ -250,9 +250,7 @@ func TestLaggardIsNamed(t *testing.T) {
 	if line["level"] != "ERROR" || line["channel"] != channel || !strings.Contains(line["cause"].(string), "this listener") {
 		t.Errorf("%v", line)
 	}
-	if r.stat("pglistener_notification_queue_usage_ratio", "") == 0 {
-		t.Error("the metric has not risen")
-	}
+	testkit.Eventually(t, "the metric has not risen", func() bool { return r.stat("pglistener_notification_queue_usage_ratio", "") > 0 })
 	close(gate)
 	r.Wait(t, "the server's NOTIFY queue has emptied", 1)
 

@@ -120,25 +120,28 @@ func TestDeadRowsAreReadOnce(t *testing.T) {
 		runAt, id := from.args()
 		return buffers(t, r.store, claimSQL, r.channel, 1, 60, r.store.owner, runAt, id, 1_000_000), buffers(t, r.store, nextSQL, r.channel, runAt, id)
 	}
-	began = time.Now()
 	all, allNext := reads(place{})
-	bound := max(scanPause, 2*scanBalance*time.Since(began)) + 3*time.Second // within which all is found; a claim and the look after it
 	if few, fewNext := reads(at); few > 200 || fewNext > 200 || all < 10*few || allNext < 10*fewNext {
 		t.Errorf("a claim reads %d buffers and the look after it %d; when they begin where the last ones ended, %d and %d", all, allNext, few, fewNext)
 	}
 
-	// What is not where the last claim ended.
+	// What is not where the last claim ended is found by the next look at everything: a claim and the look after it, whose cost now
+	// is the measure, for other tests run on these processors.
+	found := func(payload, how string, due time.Duration) {
+		took := s.wait(t, payload)
+		began := time.Now()
+		reads(place{})
+		if bound := due + max(scanPause, 2*scanBalance*time.Since(began)) + 5*time.Second; took > bound {
+			t.Errorf("%s was found after %v, more than %v", how, took, bound)
+		}
+	}
 	if err := tx.Commit(); err != nil {
 		t.Fatal(err)
 	}
-	if took := s.wait(t, "late"); took > bound {
-		t.Errorf("a row that was committed late was found after %v", took)
-	}
+	found("late", "a row that was committed late", 0)
 	testkit.Exec(t, db, `insert into outbox (channel, payload, run_at, attempts, lease, leased_until)
 		values ('flat', 'lease', now() - interval '1 minute', 1, gen_random_uuid(), now() + interval '1 second')`)
-	if took := s.wait(t, "lease"); took > time.Second+bound {
-		t.Errorf("a row whose lease had ended was found after %v", took)
-	}
+	found("lease", "a row whose lease had ended", time.Second)
 
 	// Transactions commit out of order: what has become due just now is read wherever the last claim ended.
 	testkit.Eventually(t, "a claim of what has just become due", func() bool {
