@@ -159,7 +159,7 @@ func TestSweptChannelDoesNotNotify(t *testing.T) {
 		}
 		testkit.Exec(t, db, text)
 	}
-	schema("another", swept)
+	schema(`it's a \ {table}`, swept)
 	ears := start(t, fast(testkit.DSN(t), swept+"=test,"+rung+"=test"), nil).listening(t)
 	hears := func(channels ...string) {
 		t.Helper()
@@ -217,6 +217,15 @@ func TestSweptChannelDoesNotNotify(t *testing.T) {
 	hears()
 }
 
+// TestDatabaseURLIsToldOnce: that each outbox channel needs it, too, is no problem of CHANNELS.
+func TestDatabaseURLIsToldOnce(t *testing.T) {
+	t.Parallel()
+	out := problemsOf(t, vars{"DATABASE_URL": "postgres://u:hunter2@h:port/x", "CHANNELS": "a=outbox:log,b=outbox:log,c=unknown"})
+	if strings.Count(out, "not a valid connection string") != 1 || !strings.Contains(out, "CHANNELS: channel \"c\"") || strings.Contains(out, "hunter2") {
+		t.Errorf("problems: %s", out)
+	}
+}
+
 func TestOutboxSchemaFlag(t *testing.T) {
 	t.Parallel()
 	print := func(table string, swept ...string) (code int, stdout, stderr string) {
@@ -231,7 +240,7 @@ func TestOutboxSchemaFlag(t *testing.T) {
 	if code, out, _ := print(`app."my.outbox"`); code != cli.OK || out != want {
 		t.Errorf("%d %s", code, out)
 	}
-	if code, out, err := print("", "clicks", "it's"); code != cli.OK || strings.Count(out, "('clicks', 'it''s');") != 2 {
+	if code, out, err := print("", "clicks", "it's"); code != cli.OK || strings.Count(out, "('clicks', 'it''s')") != 2 {
 		t.Errorf("%d %s %s", code, out, err)
 	}
 	if code, out, err := print("", "clicks", strings.Repeat("long ", 13)); code != cli.Usage || out != "" || !strings.Contains(err, "operand 2 of -outbox-schema") || strings.Contains(err, "long") {

@@ -129,7 +129,7 @@ func (n *night) edit(name, value string) {
 	n.write("edited")
 }
 
-// until waits three times as long as other tests: some figures are counted only every 15 s.
+// until waits three times as long as other tests: some figures are counted only every 5 s.
 func (n *night) until(what string, ok func() bool) {
 	n.t.Helper()
 	for deadline := time.Now().Add(3 * testkit.Patience); !ok(); time.Sleep(20 * time.Millisecond) {

@@ -135,10 +135,7 @@ func (l *Listener) deafness(s Status) string {
 // Stats implements notify.Meter: the figures of the listener, and those of each channel with its name as the label channel.
 func (l *Listener) Stats() []notify.Stat {
 	s := l.newest()
-	ready := notify.Stat{Name: "pglistener_ready", Kind: "gauge", Help: "1 while /readyz answers 200."}
-	if l.Ready() == nil {
-		ready.Value = 1
-	}
+	ready := notify.Flag("pglistener_ready", "1 while /readyz answers 200.", l.Ready() == nil)
 	stats := append(s.Stats(), ready, notify.Stat{Name: "pglistener_last_byte_age_seconds", Kind: "gauge",
 		Help: "Time since the last byte came from the server.", Value: time.Since(l.dialer.LastHeard()).Seconds()})
 	stats = append(stats, s.Probe.Stats(s.QueueUsage)...)

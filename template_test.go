@@ -128,13 +128,22 @@ func TestNewLeavesNoTrace(t *testing.T) {
 var withoutServer = []string{"TestAppend", "TestAllConfigurationProblemsAtOnce", "TestGoodConnectionStrings", "TestHelpAndVersion",
 	"TestVariablesAreDocumented", "TestEnvExampleIsReadAlikeByAll", "TestPromisesAreTested", "TestLinksLeadSomewhere", "TestDependenciesRunOneWay", "TestSizes"}
 
-// TestCopiesPassTheirTests runs the whole suites of the copies. It is heavy: make test-extra asks for it.
+// suites are the copies whose whole suites are run: each feature is left out of one of them, with another that it does not lean on,
+// and all of one. The suite of the project itself is that of the copy that leaves out nothing.
+var suites = [][]string{{"outbox"}, {"check", "page"}, {"execcmd", "schedule"}, {"pipe", "sdnotify"}, {"webhook", "health"}, variants()["everything"]}
+
+// TestCopiesPassTheirTests runs the whole suites of copies. It is heavy: make test-extra asks for it.
 func TestCopiesPassTheirTests(t *testing.T) {
 	if os.Getenv("TEST_EXTRA") == "" {
 		t.Skip("make test-extra runs it")
 	}
-	for title, without := range variants() {
-		t.Run(title, func(t *testing.T) { // one after another, for their tests have bounds
+	for feature := range traces {
+		if !slices.ContainsFunc(suites[:len(suites)-1], func(without []string) bool { return slices.Contains(without, feature) }) {
+			t.Errorf("no suite is run without %s", feature)
+		}
+	}
+	for _, without := range suites {
+		t.Run(strings.Join(without, "+"), func(t *testing.T) { // one after another, for their tests have bounds
 			dir := newCopy(t, without)
 			// A checkout of its own, as a team would make, with the tools; its tests do not make copies of copies.
 			in(t, dir, "git", "init", "-q")

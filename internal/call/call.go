@@ -156,9 +156,5 @@ func PausedTooLong(b *retry.Breaker) error {
 
 // PausedStat is the figure of a Breaker.
 func PausedStat(b *retry.Breaker) notify.Stat {
-	s := notify.Stat{Name: "pglistener_channel_paused", Kind: "gauge", Help: "1 while the channel is paused because its receiver is unavailable."}
-	if b.Open() {
-		s.Value = 1
-	}
-	return s
+	return notify.Flag("pglistener_channel_paused", "1 while the channel is paused because its receiver is unavailable.", b.Open())
 }

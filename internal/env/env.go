@@ -5,6 +5,7 @@ package env
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -72,10 +73,12 @@ func DecodeChannels[T any](base T, routes []Route, lookup Lookuper) (all map[str
 	return all, set, problems
 }
 
-// Merge adds problems to others, but for those that only repeat one with more words before it.
+// Merge adds problems to others, but for those that only repeat one with other words before it.
 func Merge(problems, more []error) []error {
 	for _, err := range more {
-		if !slices.ContainsFunc(problems, func(p error) bool { return strings.HasSuffix(err.Error(), p.Error()) }) {
+		if !slices.ContainsFunc(problems, func(p error) bool {
+			return strings.HasSuffix(err.Error(), p.Error()) || errors.Is(err, errors.Unwrap(p))
+		}) {
 			problems = append(problems, err)
 		}
 	}

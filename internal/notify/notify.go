@@ -105,6 +105,15 @@ type Stat struct {
 	Histogram Histogram // instead of Value, of a histogram
 }
 
+// Flag is a gauge that is 1 while something is so, and otherwise 0.
+func Flag(name, help string, on bool) Stat {
+	s := Stat{Name: name, Kind: "gauge", Help: help}
+	if on {
+		s.Value = 1
+	}
+	return s
+}
+
 // Setup is what a handler may need from the program around it.
 type Setup struct {
 	Channel     string

@@ -49,18 +49,20 @@ create index if not exists {due} on {table} (channel, run_at, id) where failed_a
 create index if not exists {failed} on {table} (channel, failed_at) where failed_at is not null;
 create unique index if not exists {key} on {table} (channel, key) where failed_at is null;
 
--- One NOTIFY per statement and channel, because NOTIFY serializes commits; without a
--- payload, because the row is the truth. None for the
--- channels that are the trigger's arguments: their rows are found by sweeping.
+-- NOTIFY has no payload, because the row is the truth. It is sent once for each statement and channel; or, where there are channels
+-- without one, whose rows are found by sweeping, for each row of the others: what a statement has inserted is not kept then.
 create or replace function {notify}() returns trigger language plpgsql as $$
 begin
-	perform pg_notify(channel, '') from (select distinct channel from inserted where channel <> all (coalesce(tg_argv, '{}'))) channels;
+	if tg_level = 'ROW' then
+		perform pg_notify(new.channel, '');
+	else
+		perform pg_notify(channel, '') from (select distinct channel from inserted) channels;
+	end if;
 	return null;
 end $$;
 
 create or replace trigger {trigger} after insert on {table}
-	referencing new table as inserted
-	for each statement execute function {notify}({swept});
+	{inserted} execute function {notify}();
 
 -- A changed payload or schedule is a new event, and an upsert that updates has no inserted rows to
 -- ring for. Neither claims nor results fire it.

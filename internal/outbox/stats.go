@@ -23,7 +23,7 @@ type counts struct {
 }
 
 // countInterval is how old the counts of rows may be that this replica has changed.
-const countInterval = 15 * time.Second
+const countInterval = 5 * time.Second
 
 // count counts the rows, if it is time to, and returns when it is next: never sooner than a hundred times what it takes, so that
 // counting millions of rows costs the server a hundredth of one core; and not at all while nothing changes here, but for sweeps and,
@@ -82,11 +82,8 @@ func (o *Outbox) Stats() []notify.Stat {
 	if oldest := o.oldest(); !oldest.IsZero() {
 		age.Value = max(0, time.Since(oldest).Seconds())
 	}
-	held := notify.Stat{Name: "pglistener_outbox_vacuum_held_back", Kind: "gauge",
-		Help: "1 while claims are slow because somebody holds a snapshot that keeps dead rows from being removed."}
-	if c.heldBack {
-		held.Value = 1
-	}
+	held := notify.Flag("pglistener_outbox_vacuum_held_back",
+		"1 while claims are slow because somebody holds a snapshot that keeps dead rows from being removed.", c.heldBack)
 	stats := []notify.Stat{
 		call.Item("done", c.done), call.Item("failed", c.gaveUp), call.Item("given_back", c.givenBack), call.Item("lease_lost", c.leaseLost),
 		rows("due", c.due), rows("delayed", c.delayed), rows("failed", c.failed),

@@ -72,7 +72,11 @@ func Schema(name string, swept ...string) (string, error) {
 		}
 		literals = append(literals, pq.QuoteLiteral(channel))
 	}
-	return strings.ReplaceAll(t.sql(schemaSQL), "{swept}", strings.Join(literals, ", ")), nil
+	names, inserted := strings.Join(literals, ", "), "referencing new table as inserted for each statement"
+	if names != "" {
+		inserted = "for each row when (new.channel not in (" + names + "))"
+	}
+	return strings.NewReplacer("{swept}", names, "{inserted}", inserted).Replace(t.sql(schemaSQL)), nil
 }
 
 // SQLName returns a table, given as in OUTBOX_TABLE, as SQL writes it.
@@ -99,7 +103,7 @@ func (s store) hint(err error) string {
 	}
 	var hint string
 	if s.db.QueryRow(hintSQL, s.table.sql("{table}"), s.table.name, script).Scan(&hint) != nil {
-		return "make it: " + script
+		return "if OUTBOX_TABLE and the database in DATABASE_URL are those you mean, make it: " + script
 	}
 	return hint
 }

@@ -168,7 +168,7 @@ func TestLatenessEndsWithTheRow(t *testing.T) {
 	testkit.Eventually(t, "ready although nothing succeeds", func() bool { return r.Ready() != nil })
 	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`"`)
 	r.mu.Lock()
-	r.counts.counted = time.Now().Add(-time.Minute) // the rows are counted every 15 s
+	r.counts.counted = time.Now().Add(-time.Minute) // the rows are counted every 5 s
 	r.mu.Unlock()
 	_ = r.Handle(t.Context(), notify.Notification{})
 	testkit.Eventually(t, "not ready although nothing is left to do", func() bool { return r.Ready() == nil })
@@ -238,7 +238,7 @@ func TestFiguresOfAnIdleReplicaFollow(t *testing.T) {
 	began := time.Now()
 	r.Verified(nil) // the probe's second connection
 	failed(0)
-	if took := time.Since(began); took > 8*time.Second { // by itself it looks after 15 s at the soonest, and later after an hour
+	if took := time.Since(began); took > 4*time.Second { // by itself it looks after 5 s at the soonest, and later after an hour
 		t.Errorf("it took %v: nobody has woken it", took)
 	}
 

@@ -120,12 +120,8 @@ func (s State) Stats() []notify.Stat {
 	counter := func(name, help string, value float64) notify.Stat {
 		return notify.Stat{Name: name, Kind: "counter", Help: help, Value: value}
 	}
-	connected := notify.Stat{Name: "pglistener_connected", Kind: "gauge", Help: "1 while a connection to the server is open."}
-	if s.Connected {
-		connected.Value = 1
-	}
 	return []notify.Stat{
-		connected,
+		notify.Flag("pglistener_connected", "1 while a connection to the server is open.", s.Connected),
 		counter("pglistener_gaps_total", "Times in which notifications may have been lost.", float64(s.Gaps)),
 		counter("pglistener_gap_seconds_total", "Length of all gaps together.", s.GapTotal.Seconds()),
 		counter("pglistener_reconnects_total", "Connections made after the first.", float64(s.Reconnects)),
