@@ -283,9 +283,10 @@ func TestStandbyIsWaitedForUntilPromoted(t *testing.T) {
 			return strings.Contains(fmt.Sprint(line["hint"]), "standby")
 		})
 	})
-	if code, body := r.readyz(); code != http.StatusServiceUnavailable || !strings.Contains(body, "standby") {
-		t.Errorf("/readyz: %d %s", code, body)
-	}
+	testkit.Eventually(t, "/readyz does not say that it is a standby", func() bool {
+		code, body := r.readyz()
+		return code == http.StatusServiceUnavailable && strings.Contains(body, "standby")
+	})
 	if err := standby.Promote(); err != nil {
 		t.Fatal(err)
 	}
