@@ -485,10 +485,10 @@ func (r *edgeRun) judge(f pgtest.Fault, stage, role string) {
 		notice = edgeNotice
 	}
 	// What was under way when the last byte came is lost too, and a gap is told by the clock of who hears.
-	way := 5 * time.Millisecond
+	way := 20 * time.Millisecond
 	for _, s := range r.sent {
 		if took := r.heard[s.payload].Sub(s.began); took < edgeTimeout { // else the fault has delayed it
-			way = max(way, took+r.stall)
+			way = max(way, took+4*r.stall)
 		}
 	}
 	for _, s := range r.sent {
