@@ -49,8 +49,8 @@ create index if not exists {due} on {table} (channel, run_at, id) where failed_a
 create index if not exists {failed} on {table} (channel, failed_at) where failed_at is not null;
 create unique index if not exists {key} on {table} (channel, key) where failed_at is null;
 
--- NOTIFY has no payload, because the row is the truth. It is sent once for each statement and channel; or, where there are channels
--- without one, whose rows are found by sweeping, for each row of the others: what a statement has inserted is not kept then.
+-- NOTIFY has no payload, because the row is the truth. It is sent once for each statement and channel. If some channels are swept, it
+-- is sent for each row of the others instead: a condition on rows is cheaper than keeping what a statement has inserted.
 create or replace function {notify}() returns trigger language plpgsql as $$
 begin
 	if tg_level = 'ROW' then
