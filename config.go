@@ -13,6 +13,7 @@ import (
 	"github.com/pglistener/pglistener/internal/memory"
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/queue"
+	"github.com/pglistener/pglistener/internal/workers"
 )
 
 // Config is every variable: its own, and those that the packages declare.
@@ -96,9 +97,10 @@ func (c *Config) setup(r env.Route, log *slog.Logger) Setup {
 // makeChannels makes the handlers of all routes, and what the Listener needs to know of them. It returns an error for each that
 // cannot be made.
 func makeChannels(cfg *Config, handlers map[string]newHandler, modes map[string]wrap, log *slog.Logger) (channels []Channel, problems []error) {
+	pool := new(workers.Pool)
 	for _, r := range cfg.routes {
 		s := cfg.setup(r, log)
-		q := queue.Options{Settings: s.Settings.Queue, Limits: s.Settings.Limits, Secret: !cfg.LogPayloads, Memory: cfg.memory}
+		q := queue.Options{Settings: s.Settings.Queue, Limits: s.Settings.Limits, Secret: !cfg.LogPayloads, Memory: cfg.memory, Go: pool.Go}
 		h, err := handlers[r.Handler](r.Arg, s)
 		if err == nil {
 			h, err = modes[r.Mode](h, s, &q)

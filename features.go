@@ -90,27 +90,24 @@ type wrap func(h notify.Handler, s Setup, q *queue.Options) (notify.Handler, err
 // modes are what may stand before a handler in CHANNELS.
 func modes() map[string]wrap {
 	all := map[string]wrap{
-		"plain": func(h notify.Handler, _ Setup, _ *queue.Options) (notify.Handler, error) { return h, nil },
-		"doorbell": func(h notify.Handler, _ Setup, q *queue.Options) (notify.Handler, error) {
+		"plain": func(h notify.Handler, s Setup, _ *queue.Options) (notify.Handler, error) {
+			// begin: schedule
+			if s.Settings.Schedule.Text != "" {
+				return nil, errors.New("a plain channel has no schedule: it is for the other modes")
+			}
+			// end: schedule
+			return h, nil
+		},
+		"doorbell": func(h notify.Handler, s Setup, q *queue.Options) (notify.Handler, error) {
 			q.Doorbell = true
+			// begin: schedule
+			if q.Rung = s.Settings.Schedule.Text != ""; q.Rung {
+				q.Times = s.Settings.Schedule.Clock()
+			}
+			// end: schedule
 			return h, nil
 		},
 	}
-	// begin: schedule
-	all["plain"] = func(h notify.Handler, s Setup, _ *queue.Options) (notify.Handler, error) {
-		if s.Settings.Schedule.Text != "" {
-			return nil, errors.New("a plain channel has no schedule: it is for the other modes")
-		}
-		return h, nil
-	}
-	all["doorbell"] = func(h notify.Handler, s Setup, q *queue.Options) (notify.Handler, error) {
-		q.Doorbell, q.Rung = true, s.Settings.Schedule.Text != ""
-		if q.Rung {
-			q.Times = s.Settings.Schedule.Clock()
-		}
-		return h, nil
-	}
-	// end: schedule
 	// begin: outbox
 	pool := new(outbox.Pool) // of all channels
 	options := func(s Setup) outbox.Options {

@@ -70,6 +70,7 @@ var mayImport = map[string][]string{
 	"internal/check":    {"notify", "pgconn"},
 	"internal/retry":    {},
 	"internal/memory":   {},
+	"internal/workers":  {},
 	"internal/schedule": {},
 	"internal/template": {},
 	"internal/proc":     {},

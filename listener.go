@@ -76,9 +76,8 @@ type Listener struct {
 	fatal       error                // ends Run
 	held        *notify.Notification // could not be delivered: its queue is full
 	heldBy      *queue.Queue
-	unread      time.Time    // since when a break of the connection may have gone unread; zero when it cannot have
-	serial      uint64       // notifications so far
-	lastQueue   *queue.Queue // of the previous notification: most often also of the next
+	unread      time.Time // since when a break of the connection may have gone unread; zero when it cannot have
+	serial      uint64    // notifications so far
 }
 
 // event is one call of lib/pq's event callback. heard is when the last byte had come: soon the next connection will bring more.
@@ -135,10 +134,9 @@ func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 	defer beat.Stop()
 	idle := time.NewTimer(l.settings.PingInterval)
 	defer idle.Stop()
-	startTimeout := time.NewTimer(l.settings.StartTimeout)
-	defer startTimeout.Stop()
-	if l.settings.StartTimeout == 0 {
-		startTimeout.Stop()
+	var startTimeout <-chan time.Time
+	if d := l.settings.StartTimeout; d > 0 {
+		startTimeout = time.After(d)
 	}
 	ctx, giveUp := context.WithCancel(ctx)
 	defer giveUp()
@@ -178,7 +176,7 @@ func (l *Listener) Run(ctx context.Context) (abandoned int, err error) {
 			l.onProbeSent(r)
 		case <-beat.C: // the loop turns
 			l.OnBeat(!l.account.Since.IsZero(), l.status.Stopping, l.Ready())
-		case <-startTimeout.C: // START_TIMEOUT has passed
+		case <-startTimeout: // START_TIMEOUT has passed
 			if l.account.Since.IsZero() {
 				l.fatal = fmt.Errorf("not listening after START_TIMEOUT (%v): %s", l.settings.StartTimeout, l.account.Reason)
 			}
@@ -211,16 +209,12 @@ func (l *Listener) dispatch(n *pq.Notification) {
 	if n == nil {
 		return
 	}
-	q := l.lastQueue
-	if q == nil || q.Channel() != n.Channel {
+	q := l.queues[n.Channel]
+	if q == nil { // a server may say more than we asked for
 		if n.Channel == l.probe.Channel {
 			l.onProbeHeard(n.Extra)
-			return
 		}
-		if q = l.queues[n.Channel]; q == nil {
-			return // a server may say more than we asked for
-		}
-		l.lastQueue = q
+		return
 	}
 	l.probe.Other()
 	l.serial++

@@ -46,6 +46,38 @@ func TestDeliversInOrder(t *testing.T) {
 	}
 }
 
+// TestSlowHandlersHoldUpNoOtherChannel: the channels share goroutines, but nobody waits for another's handler, whether one hangs or
+// all the others do.
+func TestSlowHandlersHoldUpNoOtherChannel(t *testing.T) {
+	t.Parallel()
+	channel := testkit.ChannelName(t)
+	const slow = 30
+	hang, hanging := make(chan struct{}), make(chan struct{}, slow)
+	handler := notify.HandlerFunc(func(context.Context, notify.Notification) error {
+		hanging <- struct{}{}
+		<-hang
+		return nil
+	})
+	list := channel + "=test"
+	for i := range slow {
+		list += fmt.Sprintf(",%s%d=hang", channel, i)
+	}
+	r := start(t, fast(testkit.DSN(t), list), with("hang", handler)).listening(t)
+	defer close(hang)
+	// In one transaction: all arrive together.
+	testkit.Exec(t, testkit.DB(t), "select pg_notify($1 || i, '') from generate_series(0, $2) i union all select pg_notify($1, 'first')", channel, slow-1)
+	r.expect(t, "first")
+	for i := range slow {
+		select {
+		case <-hanging:
+		case <-time.After(testkit.Patience):
+			t.Fatalf("only %d of %d handlers have begun", i, slow)
+		}
+	}
+	testkit.Send(t, channel, "second")
+	r.expect(t, "second")
+}
+
 func TestDeliversAnyPayload(t *testing.T) {
 	t.Parallel()
 	channel := testkit.ChannelName(t)

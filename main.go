@@ -57,8 +57,8 @@ func commands() []cli.Command {
 // listen is what the program is for: it listens until ctx ends.
 func listen(ctx context.Context, e cli.Env) int {
 	p := load(e)
-	e.Stderr = p.lines // which never blocks
-	defer p.lines.Flush(time.Second)
+	e.Stderr = p.lines                                // which never blocks
+	defer func() { _ = p.lines.Close(time.Second) }() // what stderr has not taken by then is lost
 	for _, problem := range p.problems {
 		e.Fail(problem, cli.Usage)
 	}

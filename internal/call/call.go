@@ -27,7 +27,10 @@ const overrunGrace = 5 * time.Second
 //
 // A context with a deadline costs more than many a handler does. So calls that begin within a 64th of the limit share one: each
 // has at least its limit, and at most Longest of it.
-type Caller struct{ shared *sharedContext }
+type Caller struct {
+	Ended  time.Time // when the last call did
+	shared *sharedContext
+}
 
 type sharedContext struct {
 	context.Context
@@ -49,7 +52,8 @@ func (c *Caller) Call(parent context.Context, limit time.Duration, f Func, n not
 	s.began.Store(began.UnixNano())
 	defer func() {
 		s.began.Store(0)
-		took = time.Since(began)
+		c.Ended = time.Now()
+		took = c.Ended.Sub(began)
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v", p)
 			log.Error("handler panicked", "panic", p, "stack", string(debug.Stack()))

@@ -94,9 +94,8 @@ Flags:
 
 // Version is the module's version, or the commit it was built from, and Go's.
 func Version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return info.Main.Version + " " + info.GoVersion
 	}
-	return info.Main.Version + " " + info.GoVersion
+	return "unknown"
 }

@@ -43,7 +43,7 @@ type Writer struct {
 	told    uint64 // those of them that a report has told of
 }
 
-// line is one line on its way to out, or with no bytes a marker.
+// line is one line on its way to out.
 type line struct {
 	bytes []byte     // its own: a caller that has given up takes back what it gave, while it is written
 	sure  bool       // its caller waits however long it takes
@@ -130,29 +130,16 @@ func notWritten(ctx context.Context) error {
 	return fmt.Errorf("stderr takes no lines: %w", context.Cause(ctx))
 }
 
-// Flush waits until what was written before has reached out, but at most for d. It is for the end of the program, after
-// everything has been logged.
-func (w *Writer) Flush(d time.Duration) {
-	ctx, cancel := context.WithTimeout(context.Background(), d)
-	defer cancel()
-	_ = w.WriteContext(ctx, nil) // a marker behind all lines and the report of those dropped
-}
-
-// Dropped returns how many lines Write has dropped.
-func (w *Writer) Dropped() uint64 {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.dropped
-}
-
 // Stats implements notify.Meter.
 func (w *Writer) Stats() []notify.Stat {
-	return []notify.Stat{{Name: "pglistener_log_lines_dropped_total", Kind: "counter", Help: "Log lines that were dropped because stderr did not take them.", Value: float64(w.Dropped())}}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return []notify.Stat{{Name: "pglistener_log_lines_dropped_total", Kind: "counter", Help: "Log lines that were dropped because stderr did not take them.", Value: float64(w.dropped)}}
 }
 
-// Close writes what is queued and ends the Writer's goroutine; later lines are dropped. If out is stuck it returns an error after
-// 100 ms, and the goroutine ends when out has taken or refused what is queued. It does not close out.
-func (w *Writer) Close() error {
+// Close writes what is queued, with the report of lines dropped, and ends the Writer's goroutine; later lines are dropped. It waits
+// for d at most and then returns an error; the goroutine ends when out has taken or refused what is queued. It does not close out.
+func (w *Writer) Close(d time.Duration) error {
 	w.mu.Lock()
 	w.closed = true
 	w.mu.Unlock()
@@ -160,7 +147,7 @@ func (w *Writer) Close() error {
 	select {
 	case <-w.ended:
 		return nil
-	case <-time.After(patience):
+	case <-time.After(d):
 		return errors.New("stderr takes no lines")
 	}
 }
@@ -195,9 +182,6 @@ func (w *Writer) next() *line {
 
 // put makes the write that may block.
 func (w *Writer) put(p []byte) error {
-	if len(p) == 0 {
-		return nil
-	}
 	if w.torn { // a full disk, say, has taken half of the last line
 		p = append([]byte{'\n'}, p...)
 	}

@@ -62,7 +62,7 @@ func newPipe(t testing.TB, s Settings, full bool) *pipe {
 	p.log, p.writer = Open(s, w)
 	t.Cleanup(func() {
 		r.Close()
-		_ = p.writer.Close()
+		_ = p.writer.Close(0) // the reader is gone
 		wait(t, "the end of the writer's goroutine", p.writer.ended)
 		w.Close()
 	})
@@ -116,6 +116,13 @@ func (p *pipe) until(t testing.TB, what string, ok func(w *Writer) bool) {
 			t.Fatalf("%s: not within %v", what, deadline)
 		}
 	}
+}
+
+// Dropped is how many lines have been dropped so far.
+func (w *Writer) Dropped() uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.dropped
 }
 
 func flows(w *Writer) bool { return !w.stuck && w.size == 0 }
@@ -354,8 +361,9 @@ func TestConcurrent(t *testing.T) {
 	done := make(chan struct{})
 	go func() {
 		all.Wait()
-		p.writer.Flush(deadline)
-		p.log.Info("end")
+		if err := Write(t.Context(), p.log, "end"); err != nil { // which is never dropped
+			t.Error(err)
+		}
 		close(done)
 	}()
 	var seen, lost uint64
@@ -461,7 +469,7 @@ func TestWriteFormats(t *testing.T) {
 	}
 	var out bytes.Buffer
 	log, w := Open(Settings{Level: "warn"}, &out)
-	defer w.Close()
+	defer func() { _ = w.Close(deadline) }()
 	log.Info("no")
 	if err := Write(t.Context(), log, "no"); err != nil || out.Len() > 0 {
 		t.Errorf("at level warn: %v, %q", err, out.String())
@@ -525,24 +533,24 @@ func TestWriteEndsWhileFormatting(t *testing.T) {
 	})
 }
 
-func TestFlush(t *testing.T) {
+// Close waits until everything has been written, and how many lines were dropped.
+func TestCloseWaits(t *testing.T) {
 	p := newPipe(t, Settings{Format: "json"}, true)
 	kept := p.stick(t, 3)
-	within(t, "Flush", func() { p.writer.Flush(time.Millisecond) })
-	flushed := make(chan bool, 1)
+	closed := make(chan bool, 1)
 	go func() {
-		p.writer.Flush(deadline)
+		err := p.writer.Close(deadline)
 		p.writer.mu.Lock()
 		defer p.writer.mu.Unlock()
-		flushed <- p.writer.size == 0 && len(p.writer.queue) == 0 && p.writer.told == p.writer.dropped
+		closed <- err == nil && p.writer.size == 0 && len(p.writer.queue) == 0 && p.writer.told == p.writer.dropped
 	}()
-	p.until(t, "Flush in the queue", func(w *Writer) bool { return w.queue[len(w.queue)-1].sure })
+	p.until(t, "Close", func(w *Writer) bool { return w.closed })
 	p.lines(t, kept)
 	if n := p.next(t).lost(t); n != 3 {
 		t.Errorf("%d lines reported", n)
 	}
-	if !wait(t, "Flush", flushed) {
-		t.Error("Flush has returned too early")
+	if !wait(t, "the end of Close", closed) {
+		t.Error("Close has returned too early")
 	}
 }
 
@@ -550,14 +558,14 @@ func TestClose(t *testing.T) {
 	p := newPipe(t, Settings{Format: "json"}, true)
 	kept := p.stick(t, 1)
 	within(t, "Close", func() {
-		if p.writer.Close() == nil {
+		if p.writer.Close(time.Millisecond) == nil {
 			t.Error("Close says that all has been written to a full pipe")
 		}
 	})
 	p.lines(t, kept)
 	p.next(t)
 	wait(t, "the end of the writer's goroutine", p.writer.ended)
-	if err := p.writer.Close(); err != nil {
+	if err := p.writer.Close(deadline); err != nil {
 		t.Error(err)
 	}
 	within(t, "logging to a closed Writer", func() {
@@ -582,7 +590,9 @@ func TestBroken(t *testing.T) {
 		if err := Write(t.Context(), p.log, "work"); !errors.Is(err, syscall.EPIPE) {
 			t.Errorf("error %v, want EPIPE", err)
 		}
-		p.writer.Flush(deadline)
+		if err := p.writer.Close(deadline); err != nil {
+			t.Error(err)
+		}
 	})
 	if n := p.writer.Dropped(); n != 1000 {
 		t.Errorf("Dropped() is %d, want 1000: all lines but the one that got its error", n)
@@ -617,7 +627,7 @@ func TestFullDisk(t *testing.T) {
 	for _, msg := range []string{"one", "two", "three", "four"} {
 		log.Info(msg)
 	}
-	if err := w.Close(); err != nil {
+	if err := w.Close(deadline); err != nil {
 		t.Error(err)
 	}
 	var got []string
@@ -646,7 +656,7 @@ func BenchmarkLine(b *testing.B) {
 		for _, how := range []string{"log", "Write"} {
 			b.Run(to+"/"+how, func(b *testing.B) {
 				log, w := Open(Settings{Format: "json"}, target(b, to))
-				defer w.Close()
+				defer func() { _ = w.Close(deadline) }()
 				for b.Loop() {
 					if how == "log" {
 						log.Info("notification", "channel", "orders", "payload", "some payload", "backend", 12345)

@@ -20,20 +20,17 @@ func Unavailable(err error) error { return mark(err, marked{unavailable: true}) 
 
 // IsPermanent says whether err was marked by Permanent.
 func IsPermanent(err error) bool {
-	return find(err, func(m *marked) bool { return m.permanent }) != nil
+	return find(err, func(m *marked) bool { return m.permanent }).permanent
 }
 
 // IsUnavailable says whether err was marked by Unavailable.
 func IsUnavailable(err error) bool {
-	return find(err, func(m *marked) bool { return m.unavailable }) != nil
+	return find(err, func(m *marked) bool { return m.unavailable }).unavailable
 }
 
 // RetryDelay returns how long a retry should wait at least, as RetryAfter has marked it; 0 where nothing has.
 func RetryDelay(err error) time.Duration {
-	if m := find(err, func(m *marked) bool { return m.after > 0 }); m != nil {
-		return m.after
-	}
-	return 0
+	return find(err, func(m *marked) bool { return m.after > 0 }).after
 }
 
 // The causes for which a handler's context ends.
@@ -58,7 +55,7 @@ func mark(err error, m marked) error {
 	return &m
 }
 
-// find returns the outermost mark in err that is as wanted: an error may have several.
+// find returns the outermost mark in err that is as wanted, for an error may have several; if there is none, one that marks nothing.
 func find(err error, wanted func(*marked) bool) *marked {
 	var m *marked
 	for errors.As(err, &m) {
@@ -67,7 +64,7 @@ func find(err error, wanted func(*marked) bool) *marked {
 		}
 		err = m.error
 	}
-	return nil
+	return &marked{}
 }
 
 // Cut cuts a text for an error to at most n bytes, not within a character.

@@ -36,11 +36,9 @@ func (o *Outbox) claim(stop context.Context) {
 		if stalled++; next > 0 || claimed > 0 {
 			stalled = 0
 		}
-		if claimed == room {
-			continue
+		if claimed < room { // stalled: somebody else has locked what is due, and may hold it for long
+			o.await(stop, expiry, o.wake, max(next, pause.After(stalled), time.Millisecond))
 		}
-		// Somebody else has locked what is due, and may hold it for long.
-		o.await(stop, expiry, o.wake, max(next, pause.After(stalled), time.Millisecond))
 	}
 }
 
@@ -154,7 +152,7 @@ func (o *Outbox) expire() {
 	if n > 0 {
 		o.buffer = slices.Clone(o.buffer[n:])
 		o.handling = max(o.handling, o.margin) // or the same rows would be claimed again at once
-		nudge(o.written)
+		retry.Nudge(o.written)
 	}
 }
 

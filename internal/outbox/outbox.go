@@ -150,15 +150,7 @@ func (o *Outbox) CatchUp(context.Context) error {
 	return nil
 }
 
-func (o *Outbox) poke() { nudge(o.wake) }
-
-// nudge leaves a token in a channel of capacity 1.
-func nudge(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
-}
+func (o *Outbox) poke() { retry.Nudge(o.wake) }
 
 // Run implements Runner.
 func (o *Outbox) Run(stop, quit context.Context) {

@@ -32,16 +32,16 @@ func (o *Outbox) work(quit context.Context) {
 		o.buffer[0] = job{} // release the payload
 		o.buffer = o.buffer[1:]
 		if len(o.buffer) <= o.low {
-			nudge(o.taken)
+			retry.Nudge(o.taken)
 		}
 		if time.Since(j.claimed) > o.margin {
 			o.stale = append(o.stale, j)
-			nudge(o.written)
+			retry.Nudge(o.written)
 			continue
 		}
 		if j.schedule != "" && j.attempts == 0 {
 			o.results = append(o.results, result{j, nil}) // only its first time is to be found
-			nudge(o.written)
+			retry.Nudge(o.written)
 			continue
 		}
 		o.running++
@@ -62,9 +62,9 @@ func (o *Outbox) work(quit context.Context) {
 		} else {
 			o.stale = append(o.stale, j)
 		}
-		nudge(o.written)
+		retry.Nudge(o.written)
 		if len(o.buffer) <= o.low {
-			nudge(o.taken) // a slot is free
+			retry.Nudge(o.taken) // a slot is free
 		}
 	}
 }
@@ -86,7 +86,7 @@ func (o *Outbox) judge(j job, err error) (blamed bool) {
 		}
 		if opened { // what was claimed ahead waits untouched, for another replica or for later
 			o.stale, o.buffer = append(o.stale, o.buffer...), nil
-			nudge(o.taken)
+			retry.Nudge(o.taken)
 		}
 		return !wasOpen
 	case call.Kind(err) == "timeout" && o.breaker.Open():
@@ -94,7 +94,7 @@ func (o *Outbox) judge(j job, err error) (blamed bool) {
 	case err == nil, o.breaker.Open(): // it has answered
 		if paused := o.breaker.Succeed(now); paused > 0 {
 			o.log.Info(call.Resumed, "paused_for", paused.Round(time.Millisecond))
-			nudge(o.taken)
+			retry.Nudge(o.taken)
 			o.poke()
 		}
 	}
@@ -121,7 +121,7 @@ func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 		o.results, o.locked, o.stale = nil, nil, nil
 		o.mu.Unlock()
 		if len(results) > prefetchRows {
-			nudge(o.taken) // see room
+			retry.Nudge(o.taken) // see room
 		}
 		o.giveBack(stale)
 		for len(results) > 0 {

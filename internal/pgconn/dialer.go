@@ -62,24 +62,20 @@ func (d *Dialer) DialTimeout(network, address string, timeout time.Duration) (ne
 	ctx, cancel := context.WithTimeout(d.ctx, min(timeout, d.timeout))
 	defer cancel()
 	nc, err := new(net.Dialer).DialContext(ctx, network, address)
-	if err != nil {
-		if d.ctx.Err() != nil {
-			return nil, ErrStopping
+	if err == nil {
+		c := &Conn{Conn: nc, timeout: d.timeout, silence: d.silence, heard: func() { d.heard.Store(int64(time.Since(d.epoch))) }}
+		d.mu.Lock()
+		d.conn = c
+		d.mu.Unlock()
+		if d.ctx.Err() == nil { // asked after conn is set, for Close to break it from now on
+			return c, nil
 		}
-		return nil, err
-	}
-	c := &Conn{Conn: nc, timeout: d.timeout, silence: d.silence, heard: func() {
-		d.heard.Store(int64(time.Since(d.epoch)))
-	}}
-	d.mu.Lock()
-	d.conn = c
-	refused := d.ctx.Err() != nil
-	d.mu.Unlock()
-	if refused {
 		nc.Close()
+	}
+	if d.ctx.Err() != nil {
 		return nil, ErrStopping
 	}
-	return c, nil
+	return nil, err
 }
 
 // Subscribed tells the dialer that the newest connection is in use.

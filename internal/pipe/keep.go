@@ -53,7 +53,7 @@ func (h *handler) settle() {
 	if !h.ended || len(h.items) > 0 || h.kept == nil {
 		return
 	}
-	nudge(h.idle)
+	retry.Nudge(h.idle)
 	if p := h.program; p != nil && !p.shut {
 		p.closed, p.shut = true, true
 		_ = p.stdin.Close()

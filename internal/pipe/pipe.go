@@ -163,15 +163,7 @@ func (h *handler) send() {
 		before := len(p.out)
 		p.out = appendRequest(p.out, it.id, &it.n)
 		p.queued += int64(len(p.out) - before)
-		nudge(p.wake)
-	}
-}
-
-// nudge leaves a token in a channel of capacity 1.
-func nudge(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
+		retry.Nudge(p.wake)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/retry"
 )
 
 // overflowQuiet is how long a queue must not have been full again before its overflow is over.
@@ -36,10 +37,7 @@ func (q *Queue) pop() notify.Notification {
 	q.hold(-size(n))
 	if q.stalled && q.waiting.len() <= q.options.Size/2 && q.fits(q.bytes) {
 		q.stalled = false
-		select {
-		case q.room <- struct{}{}:
-		default:
-		}
+		retry.Nudge(q.room)
 		if q.missed && q.catchUp != nil {
 			q.rung, q.missed = true, false
 		}

@@ -3,6 +3,7 @@
 package queue
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"log/slog"
@@ -32,6 +33,8 @@ type Options struct {
 	Secret   bool          // payloads are kept out of the log
 	Rung     bool          // a doorbell that runs when it is rung, and neither at starts and gaps nor every CatchUpInterval
 
+	// Go runs a function that may block, beside all others; nil is a goroutine for each.
+	Go func(func())
 	// Memory bounds the bytes that all queues hold together; nil does not.
 	Memory interface {
 		Fits(held, more int64) bool
@@ -48,7 +51,7 @@ type Options struct {
 // Queue owns the notifications of one channel that wait, and the goroutines that handle them.
 //
 // Its methods never block for long, so that the select loop can call them from its goroutine; Stats may be called from any.
-// Handlers run on the queue's own goroutines, which exist only while there is work.
+// Handlers run on the goroutines of Options.Go, while there is work.
 type Queue struct {
 	channel string
 	handle  call.Func
@@ -59,13 +62,14 @@ type Queue struct {
 	drain   context.Context // ends with quit, and when no more is offered
 	endWait context.CancelFunc
 	room    chan struct{} // capacity 1: see Room
+	work    func()        // run; its method value would be an allocation for each start
 
 	mu         sync.Mutex // guards what follows
 	waiting    fifo
 	bytes      int64          // that wait
-	running    int            // goroutines
+	running    int            // how many work
 	sweep      *time.Timer    // rings every CatchUpInterval; nil before Start and after Drained
-	spare      []*call.Caller // of goroutines that have ended, for the next ones
+	spare      []*call.Caller // of those that have ended, for the next ones
 	done       chan struct{}  // see Drained
 	rung       bool           // a catch-up waits
 	nominal    time.Time      // for which time of its schedule
@@ -87,14 +91,16 @@ type counts struct{ received, done, failed, dropped, abandoned uint64 }
 
 // New makes a queue that gives what it is offered to h. Once quit has ended it begins and repeats nothing.
 func New(quit context.Context, channel string, h notify.Handler, o Options, log *slog.Logger) *Queue {
-	if o.Retry == (retry.Backoff{}) {
-		o.Retry = retry.Backoff{Min: 500 * time.Millisecond, Max: 30 * time.Second}
+	o.Retry = cmp.Or(o.Retry, retry.Backoff{Min: 500 * time.Millisecond, Max: 30 * time.Second})
+	if o.Go == nil {
+		o.Go = func(f func()) { go f() }
 	}
 	q := &Queue{
 		channel: channel, handle: h.Handle, options: o,
 		log: log, quit: quit, room: make(chan struct{}, 1),
 	}
 	q.drain, q.endWait = context.WithCancel(quit)
+	q.work = q.run
 	q.quietTimer = time.AfterFunc(overflowQuiet, func() {
 		q.mu.Lock()
 		defer q.mu.Unlock()
@@ -211,14 +217,14 @@ func (q *Queue) AbandonRest() int {
 	return int(q.counts.abandoned) + q.running
 }
 
-// start starts a goroutine if the limit allows. q.mu is held.
+// start has one more work if the limit allows. q.mu is held.
 func (q *Queue) start() {
 	if q.running == 0 {
 		q.busySince = time.Now()
 	}
 	if q.running < q.options.Concurrency {
 		q.running++
-		go q.run()
+		q.options.Go(q.work)
 	}
 }
 
@@ -260,7 +266,7 @@ func (q *Queue) do(c *call.Caller, f call.Func, n notify.Notification) {
 		q.calls.Observe(took, err)
 		if err == nil {
 			q.counts.done++
-			q.succeeded()
+			q.succeeded(c.Ended)
 			return
 		}
 		switch {

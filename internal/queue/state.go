@@ -33,10 +33,10 @@ func (q *Queue) awaitReceiver() bool {
 	return retry.Sleep(q.drain, wait)
 }
 
-// succeeded takes note of a call that succeeded. q.mu is held.
-func (q *Queue) succeeded() {
-	q.busySince = time.Now()
-	if paused := q.breaker.Succeed(q.busySince); paused > 0 {
+// succeeded takes note of a call that succeeded just now. q.mu is held.
+func (q *Queue) succeeded(now time.Time) {
+	q.busySince = now
+	if paused := q.breaker.Succeed(now); paused > 0 {
 		q.log.Info(call.Resumed, "paused_for", paused.Round(time.Millisecond))
 	}
 }

@@ -1,6 +1,9 @@
 package retry
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // Breaker finds out that a receiver is away, and when to try whether it is back. It opens when several different items in a row
 // have failed because of the receiver and none has succeeded between. Its owner locks; the zero value is ready.
@@ -27,12 +30,10 @@ func (b *Breaker) Fail(item string, cause error, now time.Time) (opened, wasOpen
 		b.next = now.Add(breakerPause.After(b.tries))
 		return false, true
 	}
-	for _, f := range b.failed {
-		if f == item {
-			return false, false
-		}
+	if !slices.Contains(b.failed, item) {
+		b.failed = append(b.failed, item)
 	}
-	if b.failed = append(b.failed, item); len(b.failed) < threshold {
+	if len(b.failed) < threshold {
 		return false, false
 	}
 	b.since, b.tries, b.failed = now, 1, nil

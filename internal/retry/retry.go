@@ -1,4 +1,4 @@
-// Package retry spaces repeated attempts, and keeps their log lines few.
+// Package retry waits and wakes: it spaces repeated attempts, and keeps their log lines few.
 package retry
 
 import (
@@ -40,6 +40,14 @@ func Sleep(ctx context.Context, d time.Duration) bool {
 		return true
 	case <-ctx.Done():
 		return false
+	}
+}
+
+// Nudge leaves a token in a channel of capacity 1: whoever receives it looks once, however often he was nudged.
+func Nudge(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
 	}
 }
 

@@ -41,10 +41,9 @@ func Parse(operands []string) (o Options, err error) {
 			return o, errors.New("an argument is a connection string, which is not shown: set DATABASE_URL to it")
 		case !utf8.ValidString(operands[i]), strings.ContainsFunc(operands[i], unicode.IsControl):
 			return o, errors.New("an argument has a control character in it, or is not UTF-8")
+		case strings.TrimSpace(operands[i]) == "":
+			return o, errors.New("an argument is empty: -trigger " + Operands)
 		case !readable:
-			if strings.TrimSpace(operands[i]) == "" {
-				return o, errors.New("an argument is empty: -trigger " + Operands)
-			}
 			names = append(names, operands[i])
 		case strings.TrimLeft(flag, "-") == "trigger-notify" && !hasValue:
 			o.Notify = true
@@ -64,16 +63,13 @@ func Parse(operands []string) (o Options, err error) {
 		}
 	}
 	switch len(names) {
-	case 2:
-		o.Channel = names[1]
-	case 1:
 	case 0:
 		return o, errors.New("-trigger needs a table: -trigger " + Operands)
-	default:
-		return o, errors.New("-trigger takes a table and a channel, and not more; a name with blanks needs quotes")
+	case 1, 2:
+		o.Table, o.Channel = names[0], append(names, "")[1]
+		return o, nil
 	}
-	o.Table = names[0]
-	return o, nil
+	return o, errors.New("-trigger takes a table and a channel, and not more; a name with blanks needs quotes")
 }
 
 //go:embed catalog.sql
