@@ -15,6 +15,7 @@ import (
 
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
+	"github.com/pglistener/pglistener/internal/retry"
 )
 
 // The tests of truth: Ready and the metrics say what becomes of the rows.
@@ -86,6 +87,21 @@ func TestNotReadyWhileTheTableCannotBeUsed(t *testing.T) {
 	testkit.Exec(t, db, `drop trigger no on "`+tab+`"`)
 	testkit.Eventually(t, "not ready although it is mended", func() bool { return r.Ready() == nil })
 	emptied(t, db, tab)
+}
+
+// TestFiguresOfRowsAreRecent: what this replica has done to rows is seen after 5 s, though they were counted just before.
+func TestFiguresOfRowsAreRecent(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	r := run(t, config{table: tab, attempts: 10, tweak: func(o *Outbox) { o.retry = retry.Backoff{Min: time.Hour, Max: time.Hour} }},
+		notify.HandlerFunc(func(context.Context, notify.Notification) error { return errors.New("no") }))
+	testkit.Eventually(t, "never counted", func() bool { r.mu.Lock(); defer r.mu.Unlock(); return !r.counts.counted.IsZero() })
+	began := time.Now()
+	insert(t, testkit.DB(t), tab, channel, "x")
+	testkit.Eventually(t, "the row that waits for its next attempt is not counted", func() bool { return stat(r, "pglistener_outbox_rows", "delayed") == 1 })
+	if took := time.Since(began); took > 10*time.Second { // 5 s, on a busy machine
+		t.Errorf("it was counted after %v; the documentation says 5 s", took)
+	}
 }
 
 func TestHintsForWhatIsNotATable(t *testing.T) {

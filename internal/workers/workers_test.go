@@ -63,14 +63,14 @@ func TestShortOnesShareGoroutines(t *testing.T) {
 	if len(used) > n/10 {
 		t.Errorf("%d functions ran on %d goroutines", n, len(used))
 	}
-	late := 0
-	for i := range order {
-		if order[i] != i {
-			late++
+	back := 0
+	for i := 1; i < n; i++ {
+		if order[i] < order[i-1] {
+			back++
 		}
 	}
-	if late > n/10 { // where one goroutine took over from another
-		t.Errorf("%d of %d ran out of order", late, n)
+	if back > n/10 { // a few, where one goroutine took over from another
+		t.Errorf("%d of %d ran out of order", back, n)
 	}
 }
 
