@@ -93,7 +93,7 @@ func TestEveryBoundary(t *testing.T) {
 	const databases = 8
 	workers := databases
 	if os.Getenv("TEST_EXTRA") != "" {
-		workers = 3 * databases // without the race detector
+		workers = 4 * databases // without the race detector
 	}
 	free := make(chan *edgeWorker, workers)
 	for i := range databases {
