@@ -317,7 +317,7 @@ func TestRunbookRowsHaveFailed(t *testing.T) {
 	}
 	n.until("not all failed", failed(3))
 	n.says("")
-	if out := n.types(1, cli.OK); strings.Count(out, "\n") != 3 || strings.Count(out, "410") != 3 {
+	if out := n.types(1, cli.OK); strings.Count(out, "\n") != 3 || strings.Count(out, "status 410") != 3 {
 		t.Errorf("%s", out)
 	}
 	ids := regexp.MustCompile(`pglistener -outbox-retry (\d+)`).FindAllStringSubmatch(n.page.words(t), -1)
