@@ -300,10 +300,7 @@ func checkAll(ctx context.Context, e cli.Env) int {
 func (l *Listener) try(ctx context.Context) (Status, error) {
 	listening, stop := context.WithCancel(context.Background())
 	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		_, _ = l.Run(listening)
-	}()
+	go func() { _, _ = l.Run(listening); close(ended) }()
 	for l.Ready() != nil && l.newest().Probe.Deaf == "" && retry.Sleep(ctx, 10*time.Millisecond) {
 	}
 	s, err := l.newest(), l.Ready()

@@ -35,10 +35,7 @@ func newLog(_ string, s Setup) (notify.Handler, error) {
 			attrs = []any{"payload", n.Payload, "backend", n.PID}
 		}
 		// The lines are the work: it waits until they are written, and loses none.
-		if err := logs.Write(ctx, s.Log, "notification", attrs...); err != nil {
-			return notify.Unavailable(err)
-		}
-		return nil
+		return notify.Unavailable(logs.Write(ctx, s.Log, "notification", attrs...))
 	}), nil
 }
 

@@ -408,7 +408,7 @@ func (l *Listener) onProbeSent(r probeSent) {
 	} else {
 		l.probeErrors.Reset()
 		l.status.QueueUsage = r.usage
-		l.usage.Tell(r.usage, l.fullChannel(), l.log)
+		l.usage.Tell(r.usage, l.status.heldBy, l.log)
 	}
 	l.proceed(l.probe.Sent(r.err, l.account.Listening))
 }

@@ -102,10 +102,7 @@ func (l *Listener) awaitBackground() {
 // ended returns a channel that is closed when all of a group have.
 func ended(all *sync.WaitGroup) <-chan struct{} {
 	done := make(chan struct{})
-	go func() {
-		all.Wait()
-		close(done)
-	}()
+	go func() { all.Wait(); close(done) }()
 	return done
 }
 

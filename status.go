@@ -31,24 +31,15 @@ const loopBound = 10 * time.Second
 func (l *Listener) publish() {
 	s := &l.status
 	s.State, s.Probe, s.turnedAt = l.account.State, l.probe.Status(), time.Now()
-	full := l.fullChannel()
-	if full != "" {
-		if s.heldBy == "" {
-			s.heldSince = s.turnedAt
-		}
-		s.heldUntil = s.turnedAt
+	was := s.heldBy
+	if s.heldBy = ""; l.held != nil {
+		s.heldBy, s.heldUntil = l.heldBy.Channel(), s.turnedAt
 	}
-	s.heldBy = full
+	if was == "" {
+		s.heldSince = s.turnedAt
+	}
 	published := *s
 	l.published.Store(&published)
-}
-
-// fullChannel is the channel whose full queue has stopped the reading, or "".
-func (l *Listener) fullChannel() string {
-	if l.held == nil {
-		return ""
-	}
-	return l.heldBy.Channel()
 }
 
 // newest returns the status published last; before the first one it is never ready.

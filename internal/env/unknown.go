@@ -46,37 +46,27 @@ func names(target any, prefix string) (all []string) {
 
 // nearest is the one of words that s is most likely to be a misspelling of, or "".
 func nearest(s string, words []string) string {
-	best, most := "", 1+len(s)/12 // so many letters may be wrong
-	if len(s) < 4 {
-		return ""
-	}
-	for _, w := range words {
-		if d := distance(s, w); d > 0 && d <= most && (best == "" || d < distance(s, best)) {
-			best = w
+	for wrong := 1; len(s) >= 4 && wrong <= 1+len(s)/12; wrong++ { // so many letters may be
+		for _, w := range words {
+			if w != s && within(s, w, wrong) {
+				return w
+			}
 		}
 	}
-	return best
+	return ""
 }
 
-// distance is how many letters have to be put in, left out, replaced or exchanged with their neighbour to make b of a.
-func distance(a, b string) int {
-	rows := make([][]int, len(a)+1)
-	for i := range rows {
-		rows[i] = make([]int, len(b)+1)
-		for j := range rows[i] {
-			if i == 0 || j == 0 {
-				rows[i][j] = i + j
-				continue
-			}
-			cost := 1
-			if a[i-1] == b[j-1] {
-				cost = 0
-			}
-			rows[i][j] = min(rows[i-1][j]+1, rows[i][j-1]+1, rows[i-1][j-1]+cost)
-			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
-				rows[i][j] = min(rows[i][j], rows[i-2][j-2]+1)
-			}
-		}
+// within says whether b can be made of a by putting in, leaving out, replacing or exchanging with their neighbour up to n letters. It
+// takes time that grows with the power of n.
+func within(a, b string, n int) bool {
+	for a != "" && b != "" && a[0] == b[0] {
+		a, b = a[1:], b[1:]
 	}
-	return rows[len(a)][len(b)]
+	switch {
+	case a == "" || b == "" || n == 0:
+		return len(a)+len(b) <= n
+	case len(a) > 1 && len(b) > 1 && a[0] == b[1] && a[1] == b[0] && within(a[2:], b[2:], n-1):
+		return true
+	}
+	return within(a[1:], b, n-1) || within(a, b[1:], n-1) || within(a[1:], b[1:], n-1)
 }

@@ -56,9 +56,7 @@ func (o *Outbox) fetch(room int) (claimed int, next time.Duration, err error) {
 		claimed += more
 	}
 	if o.scan.drained && err == nil {
-		if next > 0 {
-			o.drained()
-		}
+		o.drained(next <= 0)
 		err = o.pool.lookForStrangers(o.store, o.log)
 	}
 	if err != nil {
@@ -166,7 +164,7 @@ func (o *Outbox) push(jobs []job) {
 	o.begins()
 	paused := o.breaker.Open()
 	for _, j := range jobs {
-		j.try = paused
+		j.try = paused && len(jobs) == 1 // of more, the channel was paused since room was asked for
 		o.buffer = append(o.buffer, j)
 	}
 	for n := len(o.buffer) - o.idle; n > 0 && o.workers < o.options.Concurrency; n-- {

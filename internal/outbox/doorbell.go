@@ -56,7 +56,7 @@ func ForgetSchedules(dsn string, timeout time.Duration, tables map[string]string
 			if err != nil {
 				continue // it may be of no use to a doorbell
 			}
-			s := store{db: db, table: t, channel: scheduleChannel(channel), rights: "select, delete"}
+			s := store{db: db, table: t, channel: scheduleChannel(channel), rights: "select, delete", timeout: limit(timeout)}
 			err = s.keepSchedule(scheduleKey, "")
 			if err == nil || pq.As(err, pqerror.UndefinedTable, pqerror.InvalidSchemaName, pqerror.UndefinedColumn) != nil {
 				continue // nothing is left, or never was

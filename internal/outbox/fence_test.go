@@ -19,7 +19,7 @@ func TestFenceSeesEveryClaim(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := store{db: db, table: names, channel: channel, owner: "11111111-1111-1111-1111-111111111111", lease: time.Minute, bytes: 1 << 20}
+	s := store{db: db, table: names, channel: channel, owner: "11111111-1111-1111-1111-111111111111", lease: time.Minute, timeout: time.Minute, bytes: 1 << 20}
 	claim := func() job {
 		t.Helper()
 		jobs, err := s.claim(10, place{})

@@ -61,7 +61,7 @@ func (p Operator) Run(ctx context.Context, c Command) int {
 	}
 	defer db.Close()
 	db.SetMaxOpenConns(1)
-	s := store{db: db, table: t, rights: c.rights}
+	s := store{db: db, table: t, rights: c.rights, timeout: limit(p.Timeout)}
 	if c.query == "" {
 		err = p.list(s, what)
 	} else {
@@ -215,7 +215,7 @@ func (p Operator) tell(verb string, what selection, became map[string][]int64) (
 	}
 	fmt.Fprintln(p.Stdout, verb+count(became["done"]))
 	if len(became) == 0 && what.channel != nil {
-		fmt.Fprintln(p.Stderr, "no row of a channel of that name; -outbox-list shows what there is, and several ids are separated by blanks")
+		fmt.Fprintln(p.Stderr, "no row of a channel of that name is "+strings.Join(what.states, " or ")+"; -outbox-list shows what there is, and several ids are separated by blanks")
 	}
 	for _, fate := range [][2]string{
 		{"locked", "skipped, an open transaction holds the row or its key; try again later"}, {"key", "skipped, another row has its key by now"},

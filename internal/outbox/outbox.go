@@ -86,7 +86,7 @@ type job struct {
 	payload  string
 	attempts int // 0: of its schedule the first time is yet to be found
 	schedule string
-	keyed    bool
+	keyed    bool   // its result is written by end
 	xmin     string // changes when somebody else changes the row
 	until    string // its leased_until, which no other claim has
 	created  time.Time
@@ -126,12 +126,12 @@ func New(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (*Ou
 		wake: make(chan struct{}, 1), written: make(chan struct{}, 1), taken: make(chan struct{}, 1),
 	}
 	o.ready = sync.NewCond(&o.mu)
-	o.health.retrying = map[int64]time.Time{}
+	o.health = health{progress: time.Now(), retrying: map[int64]time.Time{}}
 	// The lease outlives the wait for a slot, the handler, its end after the time limit, and the writing of the result.
 	lease := o.margin + call.Longest(options.Limits.Timeout) + setup.Grace + o.margin
 	owner := make([]byte, 16)
 	_, _ = rand.Read(owner) // it never fails
-	o.store = store{db: db, table: t, channel: setup.Channel, owner: hex.EncodeToString(owner), lease: lease, bytes: cmp.Or(options.Memory, 16<<20)}
+	o.store = store{db: db, table: t, channel: setup.Channel, owner: hex.EncodeToString(owner), lease: lease, timeout: limit(options.Timeout), bytes: cmp.Or(options.Memory, 16<<20)}
 	return o, nil
 }
 
@@ -156,9 +156,6 @@ func (o *Outbox) poke() { retry.Nudge(o.wake) }
 func (o *Outbox) Run(stop, quit context.Context) {
 	defer o.pool.release(o.channel)
 	var workers, writer, handler sync.WaitGroup
-	o.mu.Lock()
-	o.health.progress = time.Now()
-	o.mu.Unlock()
 	o.hire = func() { workers.Go(func() { o.work(quit) }) }
 	ctx, endHandler := context.WithCancel(context.Background())
 	if r, ok := o.handler.(notify.Runner); ok {
@@ -178,10 +175,7 @@ func (o *Outbox) Run(stop, quit context.Context) {
 	// What was not begun goes back at once, for another replica to take.
 	o.giveBack(unbegun)
 	busy, finished := context.WithCancel(context.Background())
-	go func() {
-		workers.Wait()
-		finished()
-	}()
+	go func() { workers.Wait(); finished() }()
 	select {
 	case <-busy.Done():
 	case <-quit.Done():

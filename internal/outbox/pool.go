@@ -94,13 +94,12 @@ func (p *Pool) findHolder(s store, log *slog.Logger) (held bool, err error) {
 	if err = s.db.QueryRow(holderSQL).Scan(&who, &snapshot); err != nil {
 		return false, err
 	}
-	was := p.held
-	p.held = who != "" && snapshot == p.snapshot
-	if p.held && !was {
+	held = who != "" && snapshot == p.snapshot
+	if held && !p.held {
 		log.Warn("claims are slow because dead rows cannot be removed: somebody holds a snapshot that might still see them", "holder", who)
 	}
-	p.asked, p.snapshot = time.Now(), snapshot
-	return p.held, nil
+	p.asked, p.snapshot, p.held = time.Now(), snapshot, held
+	return held, nil
 }
 
 // stats are the figures of all channels together; the first one tells them.

@@ -51,6 +51,9 @@ func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if rows.due > 0 {
+		o.begins()
+	}
 	c.rowCounts, c.counted, c.took, c.changed = rows, time.Now(), time.Since(began), false
 	maps.DeleteFunc(o.health.retrying, func(id int64, _ time.Time) bool { // another replica, or a person, may have ended it
 		return slices.Contains(retrying, id) && !slices.Contains(alive, id)
@@ -58,18 +61,22 @@ func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 	return countInterval, nil
 }
 
-// drained takes note that nothing is due but what is in hand, here or at another replica.
-func (o *Outbox) drained() {
+// drained takes note that nothing could be claimed: nothing is due but what is in hand, here or at another replica, or all that is
+// due is locked, and is to be counted.
+func (o *Outbox) drained(locked bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.counts.due, o.counts.oldest = o.running+len(o.buffer)+len(o.results), time.Time{}
+	if !locked {
+		o.counts.due, o.counts.oldest = o.running+len(o.buffer)+len(o.results), time.Time{}
+	}
+	o.counts.changed = o.counts.changed || locked
 }
 
 // Stats implements notify.Meter: its own figures and the handler's.
 func (o *Outbox) Stats() []notify.Stat {
-	var more []notify.Stat
+	more := o.pool.stats(o.channel) // this may wait for the server, and so o.mu is not held
 	if m, ok := o.handler.(notify.Meter); ok {
-		more = m.Stats()
+		more = append(more, m.Stats()...)
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -89,7 +96,6 @@ func (o *Outbox) Stats() []notify.Stat {
 		rows("due", c.due), rows("delayed", c.delayed), rows("failed", c.failed),
 		age, held, call.PausedStat(&o.breaker),
 	}
-	stats = append(stats, o.pool.stats(o.channel)...)
 	return append(append(stats, more...), o.calls.Stats()...)
 }
 
@@ -116,10 +122,7 @@ func (o *Outbox) Check(ctx context.Context) (string, error) {
 	text := "table " + o.store.table.name + " fits"
 	if c, ok := o.handler.(notify.Checker); ok {
 		more, err := c.Check(ctx)
-		if err != nil {
-			return "", err
-		}
-		text += ", " + more
+		return text + ", " + more, err
 	}
 	return text, nil
 }
@@ -187,9 +190,9 @@ func (o *Outbox) Ready() error {
 		return fmt.Errorf("the outbox cannot be read: %w", h.read)
 	case h.write != nil:
 		return fmt.Errorf("the outbox cannot be written: %w", h.write)
-	case h.progress.IsZero() || stuck <= o.options.Late():
+	case stuck <= o.options.Late():
 		return nil
-	case len(h.retrying) > 0 && time.Since(h.failingSince) > o.options.Late():
+	case len(h.retrying) > 0 && !h.failingSince.IsZero() && time.Since(h.failingSince) > o.options.Late():
 		return fmt.Errorf("no row has succeeded for %v; %d have failed and are tried again, first %v",
 			stuck.Round(time.Second), len(h.retrying), slices.Min(slices.Collect(maps.Keys(h.retrying))))
 	case o.running > 0 || len(o.buffer) > 0 || o.counts.due > 0:

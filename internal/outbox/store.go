@@ -7,6 +7,7 @@ import (
 	"embed"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"math"
 	"slices"
 	"strings"
@@ -16,8 +17,8 @@ import (
 	"github.com/lib/pq/pqerror"
 )
 
-// store is the SQL of the outbox. All times are the server's. There is no context: each statement is short, and the connection
-// bounds it by PING_TIMEOUT; one that were cancelled while the server commits it would leave rows claimed by nobody.
+// store is the SQL of the outbox. All times are the server's. There is no context: each statement is short, and one that were cancelled
+// while the server commits it would leave rows claimed by nobody.
 //
 // A row is ours while lease, attempts and leased_until are what they were when it was claimed: every claim changes one of them, and an
 // upsert none. leased_until is needed where attempts may have begun again. Whether an upsert has changed it since is seen by its xmin.
@@ -28,8 +29,13 @@ type store struct {
 	owner   string        // what stands in lease: of this process and channel
 	lease   time.Duration // how long a claim lasts
 	bytes   int64         // of payloads that one claim takes
+	timeout time.Duration // of the server's answer; the connection itself gives up after PING_TIMEOUT
 	rights  string        // that the hint about a lack of rights names; "" is all
 }
+
+// limit is the timeout of a store. A server does not notice that a connection has ended while a statement waits for a lock, so what has
+// locked the table would collect sessions of ours until none were left: such a statement is cancelled just before its connection ends.
+func limit(pingTimeout time.Duration) time.Duration { return pingTimeout * 9 / 10 }
 
 //go:embed *.sql
 var files embed.FS
@@ -45,7 +51,7 @@ func statement(name string) string {
 
 var (
 	claimSQL, nextSQL, giveBackSQL  = statement("claim"), statement("next"), statement("giveback")
-	endSQL, copySQL                 = statement("end"), statement("copy")
+	completeSQL, endSQL, copySQL    = statement("complete"), statement("end"), statement("copy")
 	countSQL, strangersSQL          = statement("count"), statement("strangers")
 	holderSQL, verifySQL, schemaSQL = statement("holder"), statement("verify"), statement("schema")
 	selectSQL, listSQL, hintSQL     = statement("select"), statement("list"), statement("hint")
@@ -97,10 +103,25 @@ const steer = "set local enable_sort = off; set local enable_seqscan = off; set 
 // after runs a query about rows after a place, and steers it unless that is the beginning.
 func (s store) after(from place, query string, args []any, each func(*sql.Rows) error) error {
 	if !from.runAt.IsZero() {
-		return s.transact(false, steer, query, args, each)
+		return s.transact(false, fmt.Sprint(steer, "; set local lock_timeout = ", s.timeout.Milliseconds()), query, args, each)
 	}
-	rows, err := s.db.Query(s.table.sql(query), args...)
-	return forEach(rows, err, each)
+	return s.query(query, each, args...)
+}
+
+// query runs a statement and calls each for its rows.
+func (s store) query(query string, each func(*sql.Rows) error, args ...any) error {
+	c, err := s.db.Conn(context.Background()) // other channels use it, each for so long at most
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), s.timeout)
+	defer cancel()
+	rows, err := c.QueryContext(ctx, s.table.sql(query), args...)
+	if err = forEach(rows, err, each); err != nil && ctx.Err() != nil {
+		return fmt.Errorf("no answer within %v, as when somebody has locked the table: %w", s.timeout, ctx.Err())
+	}
+	return err
 }
 
 // transact runs a query in a transaction with settings of its own, for behind a pooler no session is ours, and calls each for its rows.
@@ -135,10 +156,9 @@ func forEach(rows *sql.Rows, err error, each func(*sql.Rows) error) error {
 }
 
 // complete deletes rows that have neither key nor schedule, if they are still ours, and returns how many were. Of these rows attempts
-// never begin again.
+// never begin again. When one of them is locked it fails with pqerror.LockNotAvailable.
 func (s store) complete(rows []result, attempts int) (n int, err error) {
-	const query = `with done as (delete from {table} where id = any($1) and attempts = $2 and lease = $3 returning 1) select count(*) from done`
-	err = s.db.QueryRow(s.table.sql(query), column(rows, func(r result) int64 { return r.id }), attempts, s.owner).Scan(&n)
+	err = s.query(completeSQL, func(r *sql.Rows) error { return r.Scan(&n) }, column(rows, func(r result) int64 { return r.id }), attempts, s.owner)
 	return n, err
 }
 
@@ -189,7 +209,7 @@ func column[R, V any](rows []R, of func(R) V) any {
 // byKey runs a statement that returns one JSON object.
 func byKey[K comparable, V any](s store, query string, args ...any) (all map[K]V, err error) {
 	var object []byte
-	if err = s.db.QueryRow(s.table.sql(query), args...).Scan(&object); err == nil {
+	if err = s.query(query, func(r *sql.Rows) error { return r.Scan(&object) }, args...); err == nil {
 		err = json.Unmarshal(object, &all)
 	}
 	return all, err
@@ -204,7 +224,7 @@ func (s store) giveBack(jobs []job) error {
 
 // now is the time of the server.
 func (s store) now() (now time.Time, err error) {
-	err = s.db.QueryRow("select clock_timestamp()").Scan(&now)
+	err = s.query("select clock_timestamp()", func(r *sql.Rows) error { return r.Scan(&now) })
 	return now, err
 }
 
@@ -226,7 +246,8 @@ type rowCounts struct {
 
 // count also returns which of some rows are still to be handled.
 func (s store) count(retrying []int64) (c rowCounts, alive pq.Int64Array, err error) {
-	err = s.db.QueryRow(s.table.sql(countSQL), s.channel, pq.Int64Array(retrying)).Scan(&c.due, &c.delayed, (*epoch)(&c.oldest), &c.failed, &alive)
+	err = s.query(countSQL, func(r *sql.Rows) error { return r.Scan(&c.due, &c.delayed, (*epoch)(&c.oldest), &c.failed, &alive) },
+		s.channel, pq.Int64Array(retrying), s.owner)
 	return c, alive, err
 }
 
@@ -245,6 +266,5 @@ func (e *epoch) Scan(seconds any) error {
 func (s store) fit() error { return s.exec(verifySQL) }
 
 func (s store) exec(query string, args ...any) error {
-	_, err := s.db.Exec(s.table.sql(query), args...)
-	return err
+	return s.query(query, func(*sql.Rows) error { return nil }, args...)
 }

@@ -4,8 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
+
+	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 
 	"github.com/pglistener/pglistener/internal/call"
 	"github.com/pglistener/pglistener/internal/notify"
@@ -34,38 +38,40 @@ func (o *Outbox) work(quit context.Context) {
 		if len(o.buffer) <= o.low {
 			retry.Nudge(o.taken)
 		}
-		if time.Since(j.claimed) > o.margin {
+		switch {
+		case time.Since(j.claimed) > o.margin, o.breaker.Open() && !j.try: // it waits untouched, for another replica or for later
 			o.stale = append(o.stale, j)
-			retry.Nudge(o.written)
-			continue
-		}
-		if j.schedule != "" && j.attempts == 0 {
+		case j.schedule != "" && j.attempts == 0:
 			o.results = append(o.results, result{j, nil}) // only its first time is to be found
-			retry.Nudge(o.written)
-			continue
-		}
-		o.running++
-		o.mu.Unlock()
-		n := notify.Notification{Key: j.event, Channel: o.channel, Payload: j.payload, Attempt: j.attempts, CreatedAt: j.created}
-		if j.schedule != "" {
-			n.RunAt = j.due
-		}
-		took, err := c.Call(quit, o.options.Limits.Timeout, o.handle, n, o.log)
-		o.mu.Lock()
-		o.running--
-		o.handling += (took - o.handling) / 8
-		o.size += (len(j.payload) - o.size) / 8
-		o.calls.Observe(took, err)
-		j.payload = ""
-		if blamed := o.judge(j, err); blamed {
-			o.results = append(o.results, result{j, err})
-		} else {
-			o.stale = append(o.stale, j)
+		default:
+			o.call(quit, &c, j)
 		}
 		retry.Nudge(o.written)
 		if len(o.buffer) <= o.low {
 			retry.Nudge(o.taken) // a slot is free
 		}
+	}
+}
+
+// call handles a job. o.mu is held, but not during the call.
+func (o *Outbox) call(quit context.Context, c *call.Caller, j job) {
+	n := notify.Notification{Key: j.event, Channel: o.channel, Payload: j.payload, Attempt: j.attempts, CreatedAt: j.created}
+	if j.schedule != "" {
+		n.RunAt = j.due
+	}
+	o.running++
+	o.mu.Unlock()
+	took, err := c.Call(quit, o.options.Limits.Timeout, o.handle, n, o.log)
+	o.mu.Lock()
+	o.running--
+	o.handling += (took - o.handling) / 8
+	o.size += (len(j.payload) - o.size) / 8
+	o.calls.Observe(took, err)
+	j.payload = ""
+	if blamed := o.judge(j, err); blamed {
+		o.results = append(o.results, result{j, err})
+	} else {
+		o.stale = append(o.stale, j)
 	}
 }
 
@@ -79,14 +85,12 @@ func (o *Outbox) judge(j job, err error) (blamed bool) {
 		o.health.failingSince = now
 	}
 	switch {
+	case notify.IsUnavailable(err) && o.breaker.Open() && !j.try:
+		return false // it began before the pause, and is no try
 	case notify.IsUnavailable(err):
 		opened, wasOpen := o.breaker.Fail(j.event, err, now)
 		if opened || wasOpen && retry.IsPowerOfTwo(o.breaker.Tries()) {
 			o.log.Warn(call.Paused, "tries", o.breaker.Tries(), "error", err)
-		}
-		if opened { // what was claimed ahead waits untouched, for another replica or for later
-			o.stale, o.buffer = append(o.stale, o.buffer...), nil
-			retry.Nudge(o.taken)
 		}
 		return !wasOpen
 	case call.Kind(err) == "timeout" && o.breaker.Open():
@@ -144,7 +148,9 @@ func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 			}
 		}
 		o.mu.Lock()
-		if len(o.locked) > 0 {
+		if n := len(o.locked); n > 0 && ended {
+			o.log.Error("results of the outbox were not written, for an open transaction holds their rows, which are handled once more", "results", n)
+		} else if n > 0 {
 			again = time.After(lockedPause)
 		}
 		o.mu.Unlock()
@@ -179,7 +185,10 @@ func (o *Outbox) finish(results []result) (rest []result, err error) {
 	}
 	for attempts, group := range simple {
 		n, e := o.store.complete(group, attempts)
-		if e != nil {
+		if pq.As(e, pqerror.LockNotAvailable) != nil { // end passes over what is locked
+			others = append(others, group...)
+			continue
+		} else if e != nil {
 			rest, err = append(rest, group...), e
 			continue
 		}
@@ -210,6 +219,12 @@ func (o *Outbox) end(results []result) error {
 		endings[i] = o.endingOf(r, now)
 	}
 	fates, err := o.store.end(endings)
+	if pq.As(err, pqerror.UntranslatableCharacter) != nil { // to the encoding of the database
+		for i := range endings {
+			endings[i].text = strings.Trim(strconv.QuoteToASCII(endings[i].text), `"`)
+		}
+		fates, err = o.store.end(endings)
+	}
 	if err != nil {
 		return err
 	}
@@ -222,6 +237,7 @@ func (o *Outbox) end(results []result) error {
 		case changed:
 			o.log.Debug("a row was changed while its handler ran: it is handled once more", "id", r.id)
 		case locked:
+			r.keyed = true // so that end writes it again
 			o.locked = append(o.locked, r)
 		default:
 			o.lose(results[i : i+1])

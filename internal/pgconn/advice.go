@@ -41,6 +41,8 @@ func advise(err error) help {
 			return help{"the server lets this user in only as its pg_hba.conf says: check user, database and sslmode in DATABASE_URL", false}
 		case pqerror.InvalidCatalogName: // 3D000
 			return help{"check the database name at the end of DATABASE_URL", false}
+		case pqerror.UndefinedObject: // 42704
+			return help{"DATABASE_URL has a parameter that the server does not know", false}
 		case pqerror.ReadOnlySQLTransaction: // 25006
 			return help{"the server is a standby, where LISTEN is not possible; waiting until it is promoted", true}
 		case pqerror.TooManyConnections: // 53300

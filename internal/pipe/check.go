@@ -24,10 +24,7 @@ func (h *handler) check(ctx context.Context, open, closed time.Duration) (string
 		return "", err
 	}
 	ended, end := context.WithCancel(context.Background())
-	go func() {
-		defer end()
-		p.wait(h.setup.Grace)
-	}()
+	go func() { p.wait(h.setup.Grace); end() }()
 	defer context.AfterFunc(ctx, p.stop)()
 	early := !retry.Sleep(ended, open)
 	_ = p.stdin.Close()

@@ -85,6 +85,43 @@ for event in events:
 }
 
 // Starts in vain are spaced, and thinned in the log.
+// TestHangsAtEveryStart: that it runs for long does not make of a program that answers nothing one that works.
+func TestHangsAtEveryStart(t *testing.T) {
+	t.Parallel()
+	p := start(t, 1, `
+for event in events:
+    if exists("mended"):
+        answer(event)
+`)
+	for range hopeless {
+		if err := p.Ready(); err != nil {
+			t.Fatalf("too soon: %v", err)
+		}
+		_ = p.each(func(string) time.Duration { return 300 * time.Millisecond }, "x")
+	}
+	testkit.Eventually(t, "ready although nothing has ever been answered", func() bool { return p.Ready() != nil })
+	waits := make(chan error)
+	go func() { waits <- p.Handle(within(t, 2*time.Second), event("waits")) }()
+	starts := func() uint64 { p.mu.Lock(); defer p.mu.Unlock(); return p.starts }
+	testkit.Eventually(t, "it is not started again", func() bool { return starts() > hopeless })
+	for until := time.Now().Add(3 * p.backoff.Max); time.Now().Before(until); time.Sleep(time.Millisecond) {
+		if p.Ready() == nil {
+			t.Fatal("ready although it has not answered yet")
+		}
+	}
+	if !slices.ContainsFunc(p.lg.All("the program of the pipe is started again"), func(l testkit.Line) bool { return l["level"] == "ERROR" }) {
+		t.Error("no ERROR although nothing has ever been answered")
+	}
+	if err := os.WriteFile(filepath.Join(p.dir, "mended"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	<-waits
+	p.want("mended")
+	if err := p.Ready(); err != nil {
+		t.Errorf("it has answered, and %v", err)
+	}
+}
+
 func TestDiesAtStartOftenIsSpaced(t *testing.T) {
 	t.Parallel()
 	p := newPipe(t, 1, `sys.exit(3)`)

@@ -91,7 +91,7 @@ func (h *handler) keep(done chan struct{}) {
 			continue
 		}
 		h.mu.Lock()
-		if h.failed++; p != nil && p.answers > 0 || time.Since(began) > h.backoff.Max {
+		if h.failed++; p != nil && (p.answers > 0 || p.hung == nil && time.Since(began) > h.backoff.Max) {
 			h.failed = 0
 		}
 		wait, kind := h.backoff.After(h.failed), h.down

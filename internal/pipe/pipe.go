@@ -24,7 +24,7 @@ type handler struct {
 	environ     []string
 	concurrency int
 	setup       notify.Setup
-	backoff     retry.Backoff  // between starts that come to nothing: no answer, and a short life
+	backoff     retry.Backoff  // between starts that come to nothing: no answer, and a short life or one that hung
 	idle        chan struct{}  // capacity 1: see settle
 	noise       retry.Failures // lines that are no answers; owned by the one goroutine that reads
 
@@ -36,6 +36,7 @@ type handler struct {
 	program  *program         // nil while none runs
 	began    time.Time        // when it was started
 	down     string           // why the last one ended; only keep changes it
+	hung     bool             // that was because it did not answer
 	kept     chan struct{}    // closed when keep returns; nil while it does not run
 	failed   int              // starts in a row that came to nothing
 	ended    bool             // by Run: a program is only started for what still comes, and runs no longer than that
@@ -186,7 +187,7 @@ func (h *handler) finish(it *item, err error) {
 func (h *handler) bury(p *program, last string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.program, h.down = nil, p.ending(); last != "" && h.setup.LogPayloads {
+	if h.program, h.hung, h.down = nil, p.hung != nil, p.ending(); last != "" && h.setup.LogPayloads {
 		h.down += ", and said " + strconv.Quote(strings.ToValidUTF8(notify.Cut(last, 200), "?"))
 	}
 	n := 0
@@ -229,7 +230,7 @@ func (h *handler) bury(p *program, last string) {
 func (h *handler) Ready() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.failed < hopeless || h.program != nil && time.Since(h.began) > h.backoff.Max {
+	if h.failed < hopeless || h.program != nil && !h.hung && time.Since(h.began) > h.backoff.Max {
 		return nil
 	}
 	return fmt.Errorf("its program does not stay: %s %s", h.path, h.down)

@@ -35,7 +35,7 @@ func (q *Queue) overflow() (taken bool) {
 func (q *Queue) pop() notify.Notification {
 	n := q.waiting.pop()
 	q.hold(-size(n))
-	if q.stalled && q.waiting.len() <= q.options.Size/2 && q.fits(q.bytes) {
+	if q.stalled && (q.waiting.len() == 0 || q.waiting.len() <= q.options.Size/2 && q.fits(q.bytes)) {
 		q.stalled = false
 		retry.Nudge(q.room)
 		if q.missed && q.catchUp != nil {

@@ -210,6 +210,9 @@ func (q *Queue) AbandonRest() int {
 	for q.waiting.len() > 0 {
 		q.abandon(q.pop(), notify.ErrShutdownTimeout)
 	}
+	if q.rung && q.options.Rung {
+		q.abandon(notify.Notification{Channel: q.channel}, notify.ErrShutdownTimeout)
+	}
 	q.endOverflow()
 	if q.running > 0 {
 		q.log.Error("handler is still running at the end: it ignores its context", "running", q.running)
@@ -275,6 +278,9 @@ func (q *Queue) do(c *call.Caller, f call.Func, n notify.Notification) {
 			return
 		case q.pause(n, err):
 			if !q.awaitReceiver() {
+				if q.options.Rung { // otherwise the doorbell runs when it starts again
+					q.abandon(n, err)
+				}
 				return
 			}
 			n.Attempt-- // it was not the run's fault

@@ -544,3 +544,68 @@ func TestLargeNotificationPassesASmallShare(t *testing.T) {
 	close(gate)
 	w.finish(t)
 }
+
+// crowded is a budget that is used up by others; an empty queue may hold a notification all the same.
+type crowded struct{}
+
+func (crowded) Fits(int64, int64) bool { return false }
+
+func (crowded) Changed(int64, int64) {}
+
+func TestEmptyQueueHasRoomWhateverOthersHold(t *testing.T) {
+	t.Parallel()
+	step := make(chan struct{})
+	w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error { <-step; return nil }), Options{Memory: crowded{}})
+	for range 2 { // one runs, one waits
+		testkit.Eventually(t, "not taken", func() bool { return w.Offer(notify.Notification{}) })
+	}
+	if w.Offer(notify.Notification{}) {
+		t.Fatal("a third is taken although nothing fits")
+	}
+	step <- struct{}{} // the second runs, and nothing waits
+	select {
+	case <-w.Room():
+	case <-time.After(testkit.Patience):
+		t.Error("nobody is told that it is empty, and reading has stopped for good")
+	}
+	close(step)
+	w.finish(t)
+}
+
+// TestRingIsLeftWithoutTraceByNone: a doorbell that does not run at starts would never make up for a ring.
+func TestRingIsLeftWithoutTraceByNone(t *testing.T) {
+	t.Parallel()
+	for name, result := range map[string]error{"its receiver is away": notify.Unavailable(errors.New("away")), "it runs": context.Canceled} {
+		for _, rung := range []bool{true, false} {
+			gate, calls := make(chan struct{}), make(chan struct{}, 10)
+			w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+				calls <- struct{}{}
+				<-gate
+				return result
+			}), Options{Doorbell: true, Rung: rung, Settings: Settings{Attempts: 10}})
+			w.Offer(notify.Notification{})
+			<-calls
+			want := 0
+			if name == "it runs" {
+				w.Offer(notify.Notification{}) // waits
+				w.cancel(notify.ErrShutdownTimeout)
+				want = 1 // the one that is cut short, whatever the doorbell
+			} else {
+				for range 2 { // that it pauses
+					gate <- struct{}{}
+					<-calls
+				}
+			}
+			drained := w.Drained()
+			close(gate)
+			<-drained
+			w.cancel(notify.ErrShutdownTimeout)
+			if rung {
+				want++
+			}
+			if n := w.AbandonRest(); n != want || len(w.All("abandoned")) != want {
+				t.Errorf("%s, rung %v: %d abandoned, want %d: %v", name, rung, n, want, w.All("abandoned"))
+			}
+		}
+	}
+}

@@ -1,0 +1,281 @@
+//go:build unix
+
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgtest/testkit"
+	"github.com/pglistener/pglistener/internal/retry"
+)
+
+// The tests of what other sessions do: they lock rows and tables, and lease rows of the same channel.
+
+// lock locks the rows of a table that a condition is true of, or the whole table if that is "", until unlock is called.
+func lock(t *testing.T, tab, where string) (unlock func()) {
+	t.Helper()
+	tx, err := testkit.DB(t).Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	statement := `lock table "` + tab + `"`
+	if where != "" {
+		statement = `select 1 from "` + tab + `" where ` + where + ` for update`
+	}
+	if _, err := tx.Exec(statement); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = tx.Rollback() })
+	return func() { _ = tx.Rollback() }
+}
+
+// waiting is how many sessions of an application wait for a lock.
+func waiting(t *testing.T, application string) (n int) {
+	t.Helper()
+	err := testkit.DB(t).QueryRow(`select count(*) from pg_stat_activity where application_name = $1 and wait_event_type = 'Lock'`, application).Scan(&n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// TestLockedRowHoldsUpNoResult: of rows without a key, too, that are all deleted in one statement.
+func TestLockedRowHoldsUpNoResult(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	gate := make(chan struct{})
+	var calls atomic.Int64
+	dsn := testkit.WithParams(testkit.DSN(t), "application_name", tab)
+	r := run(t, config{dsn: dsn, table: tab, concurrency: 4}, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+		calls.Add(1)
+		<-gate
+		return nil
+	}))
+	fill(t, tab, channel, 4)
+	testkit.Eventually(t, "not begun", func() bool { return calls.Load() == 4 })
+	unlock := lock(t, tab, "payload = '2'")
+	close(gate) // so that the results gather
+	began := time.Now()
+	testkit.Eventually(t, "a locked row holds up the others", func() bool { return rowCount(t, testkit.DB(t), tab) == 1 })
+	if took := time.Since(began); took > 4*time.Second { // the statement would be given up after 5 s
+		t.Errorf("a locked row holds up the others for %v", took)
+	}
+	if err := r.Ready(); err != nil {
+		t.Errorf("nothing is wrong, and %v", err)
+	}
+	for until := time.Now().Add(time.Second); time.Now().Before(until); { // it is tried again meanwhile
+		if waiting(t, tab) > 0 {
+			t.Fatal("a row that is known to be locked is waited for")
+		}
+	}
+	unlock()
+	emptied(t, testkit.DB(t), tab)
+	if n := calls.Load(); n != 4 {
+		t.Errorf("%d calls for 4 rows", n)
+	}
+	if lost := stat(r, "pglistener_items_total", "lease_lost"); lost != 0 {
+		t.Errorf("%v leases are said to be lost", lost)
+	}
+}
+
+// TestLockedRowAtTheStop: what could not be written is told.
+func TestLockedRowAtTheStop(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	gate := make(chan struct{})
+	r := run(t, config{table: tab}, notify.HandlerFunc(func(context.Context, notify.Notification) error { <-gate; return nil }))
+	insert(t, testkit.DB(t), tab, channel, "x")
+	testkit.Eventually(t, "not begun", func() bool { return r.runs() == 1 })
+	lock(t, tab, "true")
+	r.begin()
+	close(gate)
+	r.stop()
+	if lines := r.All("results of the outbox were not written"); len(lines) != 1 || lines[0]["level"] != "ERROR" {
+		t.Errorf("%v", lines)
+	}
+}
+
+// TestLockedTableCollectsNoSessions: a server does not notice that a connection has ended while its statement waits for a lock. And
+// when the table is free again, no statement that was given up claims a row for nobody.
+func TestLockedTableCollectsNoSessions(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	r := run(t, config{dsn: testkit.WithParams(testkit.DSN(t), "application_name", tab), table: tab, timeout: 200 * time.Millisecond,
+		tweak: func(o *Outbox) { o.store.timeout = 300 * time.Millisecond }}, &seen{})
+	testkit.Eventually(t, "never counted", func() bool { r.mu.Lock(); defer r.mu.Unlock(); return !r.counts.counted.IsZero() })
+	unlock := lock(t, tab, "")
+	for range 6 {
+		_ = r.CatchUp(t.Context())
+		testkit.Eventually(t, "it does not try", func() bool { return waiting(t, tab) > 0 })
+		testkit.Eventually(t, "a session waits on that has been given up", func() bool { return waiting(t, tab) == 0 })
+	}
+	if err := r.Ready(); err == nil || !strings.Contains(err.Error(), "locked the table") {
+		t.Errorf("%v", err)
+	}
+	unlock()
+	fill(t, tab, channel, 10)
+	emptied(t, testkit.DB(t), tab)
+	testkit.Eventually(t, "not ready although the table is free", func() bool { return r.Ready() == nil })
+}
+
+// TestLockedRowsAreSeen: that nothing can be claimed is not that nothing is due.
+func TestLockedRowsAreSeen(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	r := run(t, config{table: tab, tweak: func(o *Outbox) {
+		o.options.LateAfter, o.options.Limits.Timeout = 2*time.Second, time.Second
+		o.health.progress = time.Now().Add(-time.Hour) // it has had nothing to do for long
+	}}, &seen{})
+	testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, run_at) values ($1, now() + interval '1 second')`, channel)
+	unlock := lock(t, tab, "true")
+	testkit.Eventually(t, "what is due is not counted", func() bool { return stat(r, "pglistener_outbox_rows", "due") == 1 })
+	if err := r.Ready(); err != nil {
+		t.Errorf("sooner than LATE_AFTER: %v", err)
+	}
+	testkit.Eventually(t, "ready although what is due cannot be claimed", func() bool { return r.Ready() != nil })
+	if age := stat(r, "pglistener_outbox_oldest_seconds", ""); age < 1.5 {
+		t.Errorf("the oldest is due since %v s", age)
+	}
+	unlock()
+	emptied(t, testkit.DB(t), tab)
+	testkit.Eventually(t, "not ready although it is done", func() bool { return r.Ready() == nil })
+}
+
+// TestRowsOfOthersAreNotDue: what another replica works at does not make this one late.
+func TestRowsOfOthersAreNotDue(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	r := run(t, config{table: tab}, &seen{})
+	const lease = `insert into "%s" (channel, attempts, lease, run_at, leased_until) values ($1, 1, $2, now() - interval '%s', now() + interval '%s')`
+	const other = "22222222-2222-2222-2222-222222222222"
+	for _, row := range [][3]any{{other, "3 hours", "1 hour"}, {r.store.owner, "2 hours", "1 hour"}} {
+		testkit.Exec(t, testkit.DB(t), fmt.Sprintf(lease, tab, row[1], row[2]), channel, row[0])
+	}
+	c, _, err := r.store.count(nil)
+	if age := time.Since(c.oldest); err != nil || c.due != 1 || age < 119*time.Minute || age > 121*time.Minute {
+		t.Errorf("%d are due, the oldest since %v, want what is leased to this replica: %v", c.due, age, err)
+	}
+	testkit.Exec(t, testkit.DB(t), `update "`+tab+`" set leased_until = now() - interval '1 second'`)
+	_ = r.Handle(t.Context(), notify.Notification{}) // it looks again
+	emptied(t, testkit.DB(t), tab)
+}
+
+// TestRowInBackoffIsNotLateness: one row that waits for its next attempt, while the others succeed.
+func TestRowInBackoffIsNotLateness(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	r := run(t, config{table: tab, attempts: 1000, tweak: func(o *Outbox) {
+		o.options.LateAfter, o.options.Limits.Timeout = time.Second, 500*time.Millisecond
+		o.retry = retry.Backoff{Min: time.Hour, Max: time.Hour}
+	}}, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+		if n.Payload == "bad" {
+			return errors.New("no")
+		}
+		return nil
+	}))
+	insert(t, testkit.DB(t), tab, channel, "bad")
+	testkit.Eventually(t, "it does not fail", func() bool { return stat(r, "pglistener_handler_failures_total", "") == 1 })
+	insert(t, testkit.DB(t), tab, channel, "good")
+	testkit.Eventually(t, "the good row is not done", func() bool { return rowCount(t, testkit.DB(t), tab) == 1 })
+	for until := time.Now().Add(2 * time.Second); time.Now().Before(until); time.Sleep(10 * time.Millisecond) {
+		if err := r.Ready(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestFiguresHoldUpNobody: the figures may wait for the server, and Ready, which the select loop calls, must not wait for them.
+func TestFiguresHoldUpNobody(t *testing.T) {
+	t.Parallel()
+	r := run(t, config{table: outboxTable(t, testkit.DB(t))}, &seen{})
+	r.pool.mu.Lock() // as while a holder is looked for
+	var asked atomic.Bool
+	told := make(chan struct{})
+	go func() { asked.Store(true); r.Stats(); close(told) }()
+	testkit.Eventually(t, "not asked", asked.Load)
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		for until := time.Now().Add(200 * time.Millisecond); time.Now().Before(until); time.Sleep(time.Millisecond) {
+			_ = r.Ready()
+		}
+	}()
+	select {
+	case <-answered:
+	case <-time.After(5 * time.Second):
+		t.Error("Ready waits for the figures")
+	}
+	r.pool.mu.Unlock()
+	<-told
+	<-answered
+}
+
+// TestErrorThatTheDatabaseCannotHold: it is written all the same, in other characters.
+func TestErrorThatTheDatabaseCannotHold(t *testing.T) {
+	t.Parallel()
+	db, name := testkit.DB(t), outboxTable(t, testkit.DB(t))
+	testkit.Exec(t, db, `create database "`+name+`" encoding 'LATIN1' lc_collate 'C' lc_ctype 'C' template template0`)
+	t.Cleanup(func() { _, _ = db.Exec(`drop database "` + name + `" with (force)`) })
+	dsn := testkit.WithParams(testkit.DSN(t), "dbname", name)
+	latin := testkit.Open(t, dsn)
+	makeOutbox(t, latin, "outbox")
+	r := run(t, config{dsn: dsn, table: "outbox", channel: "orders", attempts: 1}, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+		if n.Payload == "bad" {
+			return errors.New("ошибка \"7\" café")
+		}
+		return nil
+	}))
+	insert(t, latin, "outbox", "orders", "bad")
+	testkit.Eventually(t, "its result is not written", func() bool { return stat(r, "pglistener_items_total", "failed") == 1 })
+	var text string
+	if err := latin.QueryRow("select last_error from outbox").Scan(&text); err != nil || !strings.Contains(text, `\u043e\u0448`) || !strings.Contains(text, "7") {
+		t.Errorf("it says %q: %v", text, err)
+	}
+	insert(t, latin, "outbox", "orders", "good")
+	testkit.Eventually(t, "the next one is not done", func() bool { return rowCount(t, latin, "outbox") == 1 })
+}
+
+// TestOnlyATryIsATry: neither rows that were claimed before the channel was paused nor calls that began before it say more of the
+// receiver.
+func TestOnlyATryIsATry(t *testing.T) {
+	t.Parallel()
+	const total = 20
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	gate := make(chan struct{})
+	var calls atomic.Int64
+	r := run(t, config{table: tab, concurrency: total, attempts: 100}, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+		calls.Add(1)
+		<-gate
+		return notify.Unavailable(errors.New("refused"))
+	}))
+	fill(t, tab, channel, total)
+	testkit.Eventually(t, "not begun", func() bool { return calls.Load() == total })
+	close(gate)
+	testkit.Eventually(t, "not given back", func() bool { return r.runs() == 0 && stat(r, "pglistener_items_total", "given_back") >= total-3 })
+	r.mu.Lock()
+	tries, wait := r.breaker.Tries(), r.breaker.Try(time.Now(), 0)
+	r.mu.Unlock()
+	if tries > 2 || wait > 4*time.Second { // the next try may have been made by now
+		t.Errorf("after %d calls that were under way %d count as tries, and the next one is in %v", total, tries, wait)
+	}
+	// Two rows that were claimed when it was not yet paused.
+	r.mu.Lock()
+	for range 6 { // so that no try is made meanwhile
+		r.breaker.Fail("x", errors.New("refused"), time.Now())
+	}
+	r.mu.Unlock()
+	testkit.Eventually(t, "a try is under way", func() bool { return r.runs() == 0 })
+	before, back := calls.Load(), stat(r, "pglistener_items_total", "given_back")
+	r.push([]job{{id: -1, until: "now", claimed: time.Now()}, {id: -2, until: "now", claimed: time.Now()}})
+	testkit.Eventually(t, "they are not given back", func() bool { return stat(r, "pglistener_items_total", "given_back") == back+2 })
+	if n := calls.Load(); n != before {
+		t.Errorf("%d calls although the channel is paused and it is no try", n-before)
+	}
+}
