@@ -57,6 +57,7 @@ func TestLikelyMistakes(t *testing.T) {
 		"port of a pooler":        {probing(testkit.Bouncer(t, testkit.LocalServer(t), "transaction"), channel), runs, []string{"pooler in transaction mode", "session-mode port"}},
 		"standby":                 {fast(standby.DSN(), channel), runs, []string{"cannot execute LISTEN during recovery", "waiting until it is promoted"}},
 		"channel in upper case":   {fast(testkit.DSN(t), "Orders"), runs, []string{`"Orders" has upper-case letters`, `reaches \"orders\"`}},
+		"no comma":                {fast(testkit.DSN(t), channel+" jobs"), runs, []string{"has a blank or a quote in it", "commas separate channels"}},
 		"program not executable":  {fast(testkit.DSN(t), channel+"=exec:"+plain), cli.Usage, []string{"may not be executed", "chmod +x"}},
 		"program missing":         {fast(testkit.DSN(t), channel+"=exec:drian"), cli.Usage, []string{`"drian" is not in PATH`}},
 		"webhook refuses":         {fast(testkit.DSN(t), channel+"=doorbell:"+refusing.URL), runs, []string{"gave up", "status 403", "who are you"}},

@@ -288,7 +288,7 @@ func TestOperatorRetries(t *testing.T) {
 	if got := handled(); !slices.Equal(got, want) && !slices.Equal(got, []string{want[1], want[0]}) {
 		t.Errorf("handled %v, want %v", got, want)
 	}
-	const nothing = "no row of a channel of that name is failed; -outbox-list shows what there is, and several ids are separated by blanks\n"
+	const nothing = "no row of a channel of that name is failed or retrying; -outbox-list shows what there is, and several ids are separated by blanks\n"
 	o.says(t, cli.OK, "due now: 0 rows\n"+nothing, "-outbox-retry", channel)
 	o.says(t, cli.OK, "due now: 1 row, id "+elsewhere+"\n", "-outbox-retry", "all")
 	if row := o.list(t, elsewhere)[0]; row["state"] != "due" || row["attempts"] != 0.0 || row["failed_at"] != nil {

@@ -55,6 +55,9 @@ func (r Route) Warnings(lookup Lookuper, timeout, stop time.Duration) (all []str
 		all = append(all, fmt.Sprintf("CHANNELS: channel %q has upper-case letters: NOTIFY %s without double quotes reaches %q instead",
 			r.Channel, r.Channel, folded))
 	}
+	if strings.ContainsAny(r.Channel, " \t'\"") {
+		all = append(all, fmt.Sprintf("CHANNELS: the name of channel %q has a blank or a quote in it: commas separate channels", r.Channel))
+	}
 	// The defaults are so on purpose: most handlers are quick, and what stops a service waits for half a minute.
 	if timeout > stop && (IsSet(lookup, r.Channel, "HANDLER_TIMEOUT") || IsSet(lookup, "", "SHUTDOWN_TIMEOUT")) {
 		all = append(all, fmt.Sprintf("HANDLER_TIMEOUT of channel %q is %v, longer than SHUTDOWN_TIMEOUT, which is %v: a stop cuts handlers short that take longer",

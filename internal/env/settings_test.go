@@ -276,7 +276,7 @@ func TestMisspeltVariables(t *testing.T) {
 		"OUTBOX_TABEL": "OUTBOX_TABLE", "DATABSE_URL": "DATABASE_URL", "ORDERS_CONCURENCY": "ORDERS_CONCURRENCY", "ORDER_CONCURRENCY": "ORDERS_CONCURRENCY",
 		"USEREVENTS_HANDLER": "USER_EVENTS_HANDLER", "HTTP_ADDR_FILE": "HTTP_ADDR cannot come from a file",
 		"SCHEDULE": "ORDERS_SCHEDULE", "HANDLER": "ORDERS_HANDLER", "ORDERS_OVERFLOWS": "ORDERS_OVERFLOW", "OVERFLAWS": "",
-		"PATH": "", "HOME": "", "LANG": "", "PGHOST": "", "DATABASE_URL": "", "ORDERS_HANDLER": "", "BILLING_HANDLER_TIMEOUT": "", "SHLVL": "", "XDG_RUNTIME_DIR": "",
+		"PATH": "", "HOME": "", "LANG": "", "PGHOST": "", "DATABASE_URL": "", "ORDERS_HANDLER": "", "BILLING_HANDLER_TIMEOUT": "", "BILLING_HANDLER": "no channel of that name", "SHLVL": "", "XDG_RUNTIME_DIR": "",
 		"HOSTNAME": "", "TERM": "", "JOURNAL_STREAM": "", "INVOCATION_ID": "", "KUBERNETES_PORT": "", "HTTP_PROXY": "",
 	} {
 		warnings := Unknown([]string{name + "=hunter2"}, &global, &settings{}, routes)

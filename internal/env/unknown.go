@@ -26,6 +26,8 @@ func Unknown(environ []string, target, channel any, routes []Route) (warnings []
 			warnings = append(warnings, fmt.Sprintf("%s: nobody reads this variable; %s cannot come from a file", name, base))
 		case near != "":
 			warnings = append(warnings, fmt.Sprintf("%s: nobody reads this variable; did you mean %s?", name, near))
+		case strings.HasSuffix(name, "_HANDLER"):
+			warnings = append(warnings, name+": nobody reads this variable: CHANNELS has no channel of that name")
 		}
 	}
 	return warnings

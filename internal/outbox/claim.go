@@ -18,7 +18,8 @@ func (o *Outbox) claim(stop context.Context) {
 	for stop.Err() == nil {
 		room, wait := o.room()
 		if room == 0 {
-			o.await(stop, expiry, o.taken, wait)
+			next, _ := o.count(o.scan.drained) // an error is told when there is room
+			o.await(stop, expiry, o.taken, min(wait, max(next, time.Second)))
 			continue
 		}
 		claimed, next, err := o.fetch(room)

@@ -26,8 +26,8 @@ type counts struct {
 const countInterval = 5 * time.Second
 
 // count counts the rows, if it is time to, and returns when it is next: never sooner than a hundred times what it takes, so that
-// counting millions of rows costs the server a hundredth of one core; and not at all while nothing changes here, but for sweeps and,
-// unless there were no rows, probes. The first count waits until nothing is due: with a great backlog it takes long.
+// counting millions of rows costs the server a hundredth of one core; and not at all while nothing runs or changes here, but for sweeps
+// and, unless there were no rows, probes. The first count waits until nothing is due: with a great backlog it takes long.
 func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 	o.mu.Lock()
 	c := &o.counts
@@ -35,7 +35,7 @@ func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 		c.counted = time.Now()
 	}
 	next = time.Until(c.counted.Add(max(countInterval, 100*c.took)))
-	changed := c.changed || c.counted.IsZero() || len(o.health.retrying) > 0
+	changed := c.changed || c.counted.IsZero() || len(o.health.retrying) > 0 || o.running > 0
 	retrying := slices.Collect(maps.Keys(o.health.retrying))
 	o.mu.Unlock()
 	if !changed {
@@ -83,7 +83,7 @@ func (o *Outbox) Stats() []notify.Stat {
 	c := o.counts
 	rows := func(state string, n int) notify.Stat {
 		return notify.Stat{Name: "pglistener_outbox_rows", Kind: "gauge", Labels: []string{"state", state}, Value: float64(n),
-			Help: "Rows of the outbox: due (waiting or being handled), delayed (for later, or to be tried again), or failed (given up)."}
+			Help: "Rows of the outbox: due (waiting or being handled here), delayed (for later, or to be tried again), or failed (given up)."}
 	}
 	age := notify.Stat{Name: "pglistener_outbox_oldest_seconds", Kind: "gauge", Help: "For how long the oldest row has been due that waits or is tried again."}
 	if oldest := o.oldest(); !oldest.IsZero() {
@@ -116,7 +116,7 @@ func (o *Outbox) oldest() time.Time {
 
 // Check implements notify.Checker: it says whether the table fits, and asks the handler too.
 func (o *Outbox) Check(ctx context.Context) (string, error) {
-	if err := o.store.fit(); err != nil {
+	if err := o.store.exec(verifySQL); err != nil {
 		return "", o.store.explain(err)
 	}
 	text := "table " + o.store.table.name + " fits"

@@ -262,9 +262,6 @@ func (e *epoch) Scan(seconds any) error {
 	return nil
 }
 
-// fit returns why the table cannot be used.
-func (s store) fit() error { return s.exec(verifySQL) }
-
 func (s store) exec(query string, args ...any) error {
 	return s.query(query, func(*sql.Rows) error { return nil }, args...)
 }

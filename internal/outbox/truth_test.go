@@ -104,6 +104,21 @@ func TestFiguresOfRowsAreRecent(t *testing.T) {
 	}
 }
 
+// TestFiguresOfRowsAreRecentWhileAllSlotsAreBusy: rows that come while a handler hangs are seen, and so is the one that it has.
+func TestFiguresOfRowsAreRecentWhileAllSlotsAreBusy(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	gate := make(chan struct{})
+	defer close(gate)
+	r := run(t, config{table: tab}, notify.HandlerFunc(func(context.Context, notify.Notification) error { <-gate; return nil }))
+	insert(t, testkit.DB(t), tab, channel, "held")
+	testkit.Eventually(t, "not begun", func() bool { return r.runs() == 1 })
+	fill(t, tab, channel, 2)
+	testkit.Eventually(t, "rows that wait for a slot are not counted", func() bool { return stat(r, "pglistener_outbox_rows", "due") == 3 })
+	fill(t, tab, channel, 2)
+	testkit.Eventually(t, "nor those that come later", func() bool { return stat(r, "pglistener_outbox_rows", "due") == 5 })
+}
+
 func TestHintsForWhatIsNotATable(t *testing.T) {
 	t.Parallel()
 	db, tab := testkit.DB(t), outboxTable(t, testkit.DB(t))

@@ -502,9 +502,9 @@ func TestLastHourAndSinceWhen(t *testing.T) {
 
 		// A pause counts from when the figure says so, and ends with it.
 		paused := time.Now()
-		w.set(func() { w.figures["orders:channel_paused"] = 1 })
+		w.set(func() { w.works["orders"], w.figures["orders:channel_paused"] = nil, 1 })
 		time.Sleep(time.Minute)
-		expect(t, words(page(t, r)), "paused since")
+		expect(t, words(page(t, r)), "paused since", "It hears. Something needs a look. What needs a look") // with no time that is of something else
 		r.turn.Lock()
 		got := r.view.Channels[0].Paused
 		r.turn.Unlock()
@@ -513,6 +513,17 @@ func TestLastHourAndSinceWhen(t *testing.T) {
 		}
 		w.set(func() { w.figures["orders:channel_paused"] = 0 })
 		expect(t, words(page(t, r)), "not: paused since")
+
+		// It was not ready before it became deaf.
+		w.set(func() { w.works["orders"] = errors.New("late") })
+		page(t, r)
+		time.Sleep(time.Minute)
+		w.set(func() { w.hears = errors.New("no server") })
+		page(t, r)
+		time.Sleep(time.Minute)
+		text := words(page(t, r))
+		headline, _, _ := strings.Cut(text[strings.Index(text, "It does not hear."):], "What")
+		expect(t, headline, "Since ", "(1 min ago)")
 	})
 }
 

@@ -83,10 +83,8 @@ func Parse(text string, zone *time.Location) (Schedule, error) {
 		}
 		line = rest
 	}
-	if err := s.parseLine(line); err != nil {
-		return Schedule{}, err
-	}
-	return s, nil
+	err := s.parseLine(line)
+	return s, err
 }
 
 // parseLine reads words that are separated by single blanks.
