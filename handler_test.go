@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -39,6 +40,11 @@ func TestAppend(t *testing.T) {
 	}
 	if len(ids) != 3 || ids[0] == ids[1] || ids[1] != ids[2] {
 		t.Errorf("ids %v: a repeat has the same one, others do not", ids)
+	}
+
+	// Payloads are nobody else's business.
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm()&0o077 != 0 {
+		t.Errorf("others may use the journal: %v %v", info.Mode(), err)
 	}
 
 	if _, err := newAppend("", Setup{}); err == nil {
