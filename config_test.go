@@ -3,8 +3,11 @@ package main
 import (
 	"bytes"
 	"context"
+	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"testing"
 	"time"
@@ -212,6 +215,39 @@ func TestHelpAndVersion(t *testing.T) {
 	}
 	if code := run(t.Context(), []string{"-nope"}, cli.Env{Lookup: vars{}.lookup, Stdout: &stdout, Stderr: &stderr}); code != cli.Usage {
 		t.Errorf("an unknown flag: exit code %d", code)
+	}
+}
+
+// What the outbox claims ahead is bounded by QUEUE_MEMORY too: each channel is given its share of the half that is divided.
+func TestEachChannelHasItsShareOfTheMemory(t *testing.T) {
+	t.Parallel()
+	v := vars{"DATABASE_URL": "postgres://localhost/x", "CHANNELS": "a,b,c,d", "QUEUE_MEMORY": "64MB"}
+	cfg, problems := loadConfig(v.lookup, addHandlers(handlerTable()), modes())
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	for _, r := range cfg.routes {
+		if got := cfg.setup(r, slog.New(slog.DiscardHandler)).Memory; got != 8<<20 {
+			t.Errorf("%s may hold %d bytes, want %d", r.Channel, got, 8<<20)
+		}
+	}
+}
+
+// The garbage collector is told what QUEUE_MEMORY allows. The limit is one of this process: it must be out of the other tests' way.
+func TestMemoryLimitFollowsQueueMemory(t *testing.T) {
+	t.Parallel()
+	if os.Getenv("GOMEMLIMIT") != "" {
+		testkit.Skip(t, "GOMEMLIMIT is set, and goes before")
+	}
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(-1))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	v := fast(testkit.DSN(t), testkit.ChannelName(t), vars{"QUEUE_MEMORY": "1000GB"})
+	if code := run(ctx, nil, cli.Env{Lookup: v.lookup, Stdout: io.Discard, Stderr: io.Discard}); code != cli.OK {
+		t.Errorf("exit code %d", code)
+	}
+	if got, want := debug.SetMemoryLimit(-1), int64(1000<<30+48<<20); got != want {
+		t.Errorf("the limit is %d bytes, want %d", got, want)
 	}
 }
 
