@@ -199,6 +199,7 @@ func TestNoSecretIsShown(t *testing.T) {
 	repeats := testkit.NewReceiver(t, func(w http.ResponseWriter, req *http.Request) {
 		user, password, _ := req.BasicAuth()
 		w.WriteHeader(http.StatusNotFound)
+		fmt.Fprintf(w, "unknown token %s ", strings.TrimPrefix(req.Header.Get("Authorization"), "Bearer "))
 		fmt.Fprintf(w, "%s %s %s %s %s %q %s", user, password, req.Header.Get("X-Key"), req.Header.Get("Authorization"), req.URL, req.URL.Query(), secretOf("a"))
 	})
 	// Not HTTP: it sends back what it is sent, from that text on.
