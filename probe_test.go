@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -150,6 +151,62 @@ func TestProbeThatCannotBeSentIsAWarning(t *testing.T) {
 	r.ready(t)
 }
 
+// verified counts how often the second connection has been used, the probe being sent by then.
+type verified struct {
+	counter
+	times atomic.Int64
+}
+
+func (v *verified) Verify() string { return "select 1" }
+func (v *verified) Verified(error) { v.times.Add(1) }
+
+// A probe that is under way when the connection breaks cannot come back, and nothing follows from that.
+func TestConnectionBreaksUnderAProbe(t *testing.T) {
+	t.Parallel()
+	const patience = 2 * time.Second // for the probe
+	channel := testkit.ChannelName(t)
+	dsn, proxy := testkit.Proxied(t, testkit.WithParams(testkit.DSN(t), "application_name", channel))
+	v := &verified{}
+	r := start(t, probing(dsn, channel+"=verified", vars{"PING_TIMEOUT": patience.String()}), with("verified", v)).listening(t)
+	r.ready(t)
+	last := r.listener.newest().Probe.Proven
+	alone := func() bool { return len(testkit.Backends(t, testkit.DB(t), channel)) == 1 } // the second connection is closed again
+	testkit.Eventually(t, "no second proof", func() bool { return r.listener.newest().Probe.Proven.After(last) && alone() })
+	sent := v.times.Load()
+	proxy.Silence() // long before the next one
+	testkit.Eventually(t, "no other probe is sent", func() bool { return v.times.Load() > sent && alone() })
+	proxy.Refuse(true)
+	proxy.Reset()
+	r.Wait(t, "disconnected", 1)
+	time.Sleep(patience + 200*time.Millisecond) // that nothing happens is the point
+	proxy.Refuse(false)
+	r.ready(t)
+	if lines := r.All("notifications"); len(lines) > 0 || r.stat("pglistener_probes_lost_total", "") > 0 {
+		t.Errorf("a false alarm: %v", lines)
+	}
+}
+
+// Nothing is wrong with the connection that listens; but for how long may one believe that, without a proof?
+func TestProofGrowsOld(t *testing.T) {
+	t.Parallel()
+	channel := testkit.ChannelName(t)
+	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
+	r := start(t, probing(dsn, channel+"=test"), nil).listening(t)
+	r.ready(t)
+	proxy.Refuse(true) // the one that listens stays
+	testkit.Eventually(t, "still ready although nothing is proven any more", func() bool {
+		code, body := r.readyz()
+		return code == http.StatusServiceUnavailable && strings.Contains(body, "has not been proven for")
+	})
+	testkit.Send(t, channel, "still heard")
+	r.expect(t, "still heard")
+	if lines := r.All("disconnected"); len(lines) > 0 {
+		t.Errorf("torn down: %v", lines)
+	}
+	proxy.Refuse(false)
+	r.ready(t)
+}
+
 func TestFullQueueRaisesNoFalseAlarm(t *testing.T) {
 	t.Parallel()
 	channel := testkit.ChannelName(t)
@@ -162,12 +219,14 @@ func TestFullQueueRaisesNoFalseAlarm(t *testing.T) {
 	if _, err := testkit.DB(t).Exec("select pg_notify($1, i::text) from generate_series(1, 1000) i", channel); err != nil {
 		t.Fatal(err)
 	}
-	r.Wait(t, "queue full", 1)
-	full := time.Now()
+	full, err := time.Parse(time.RFC3339Nano, r.Wait(t, "queue full", 1)["time"].(string)) // not when we get to know it
+	if err != nil {
+		t.Fatal(err)
+	}
 	for end := full.Add(2*testProbe + 2*testTimeout + testInterval); time.Now().Before(end); {
 		// Whoever can hear nothing for long is not ready; but nothing is said to be lost.
 		code, body := r.readyz()
-		if code != http.StatusOK && (time.Since(full) < testProbe+testTimeout-50*time.Millisecond || !strings.Contains(body, "reading has stopped")) {
+		if code != http.StatusOK && (time.Since(full) < testProbe+testTimeout || !strings.Contains(body, "reading has stopped")) {
 			t.Fatalf("a false alarm: %s", body)
 		}
 	}
@@ -175,6 +234,14 @@ func TestFullQueueRaisesNoFalseAlarm(t *testing.T) {
 		t.Errorf("reading has stopped for long, and /readyz is %d %s", code, body)
 	}
 	close(gate)
+	released := time.Now()
+	// From then on it is ready, although the last proof is older than it may be otherwise, until the next one comes.
+	testkit.Eventually(t, "no proof after the queue has emptied", func() bool {
+		if code, body := r.readyz(); code != http.StatusOK && !strings.Contains(body, "reading has stopped") {
+			t.Fatalf("a false alarm when reading goes on: %s", body)
+		}
+		return r.listener.newest().Probe.Proven.After(released)
+	})
 	r.ready(t)
 	testkit.Eventually(t, "not all were handled", func() bool { return slow.handled.Load() == 1000 })
 	for _, msg := range []string{"disconnected", "notifications", "ping failed"} {
