@@ -217,6 +217,25 @@ func TestSweptChannelDoesNotNotify(t *testing.T) {
 	hears()
 }
 
+// Each channel may have a table of its own, and the probe asks for each of them.
+func TestProbeFindsTheTableThatIsGone(t *testing.T) {
+	t.Parallel()
+	db, channel, first := testkit.DB(t), testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	second := first + "_2"
+	makeOutbox(t, db, second)
+	dropLater(t, db, second)
+	r := start(t, probing(testkit.DSN(t), channel+"_a=outbox:test,"+channel+"_b=outbox:test",
+		sending(first, vars{strings.ToUpper(channel) + "_B_OUTBOX_TABLE": second})), nil).listening(t)
+	r.ready(t)
+	testkit.Exec(t, db, `drop table "`+second+`"`)
+	testkit.Eventually(t, "ready although a channel's table is gone", func() bool {
+		err := r.listener.Ready()
+		return err != nil && strings.Contains(err.Error(), `channel "`+channel+`_b"`) && strings.Contains(err.Error(), second)
+	})
+	makeOutbox(t, db, second)
+	r.ready(t)
+}
+
 // TestDatabaseURLIsToldOnce: that each outbox channel needs it, too, is no problem of CHANNELS.
 func TestDatabaseURLIsToldOnce(t *testing.T) {
 	t.Parallel()
