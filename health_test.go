@@ -161,6 +161,19 @@ func TestHealthIsReadOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(h.Close)
+	if h.WriteTimeout <= 0 {
+		t.Error("a client that never reads is served for ever")
+	}
+	for _, path := range []string{"/livez", "/readyz"} { // of this moment, whatever is in between
+		res, err := http.Get("http://" + h.Addr + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		if got := res.Header.Get("Cache-Control"); got != "no-store" {
+			t.Errorf("%s: Cache-Control %q", path, got)
+		}
+	}
 	for method, want := range map[string]int{
 		http.MethodGet: http.StatusOK, http.MethodHead: http.StatusOK,
 		http.MethodPost: http.StatusMethodNotAllowed, http.MethodDelete: http.StatusMethodNotAllowed,
@@ -252,6 +265,29 @@ func TestNothingListensUnlessAsked(t *testing.T) {
 	}
 	if code, text := ask(""); code != cli.Failed || !strings.HasPrefix(text, "HTTP_ADDR is not set") {
 		t.Errorf("-healthy, nowhere to ask: %d %q", code, text)
+	}
+}
+
+// A health check must end, whatever it asks.
+func TestHealthyOfAListenerThatIsSilent(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0") // nobody accepts: the kernel does
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ended := make(chan int, 1)
+	var out bytes.Buffer
+	go func() {
+		ended <- run(t.Context(), []string{"-healthy"}, cli.Env{Lookup: vars{"HTTP_ADDR": l.Addr().String()}.lookup, Stdout: &out, Stderr: &out})
+	}()
+	select {
+	case code := <-ended:
+		if code != cli.Failed || !strings.HasPrefix(out.String(), "no answer") {
+			t.Errorf("-healthy: %d %q", code, &out)
+		}
+	case <-time.After(testkit.Patience):
+		t.Error("-healthy hangs")
 	}
 }
 

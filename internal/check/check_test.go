@@ -34,8 +34,13 @@ func TestServersWithoutListenAreNamed(t *testing.T) {
 			t.Parallel()
 			addr := testkit.FakeServer(t, testkit.OneRow("15.12", "f", c.version))
 			var out strings.Builder
+			latest := time.Now().Add(3 * testkit.Patience)
 			Run(t.Context(), Input{DSN: pgtest.DSN(addr), Timeout: testkit.Patience, Channels: []string{"orders"},
-				Listen: func(context.Context) (time.Duration, bool, error) {
+				Listen: func(ctx context.Context) (time.Duration, bool, error) {
+					// It may wait for what never comes, and has to end in time nevertheless.
+					if end, ok := ctx.Deadline(); !ok || end.After(latest) {
+						t.Errorf("it ends at %v, later than %v", end, latest)
+					}
 					if c.listened {
 						return time.Millisecond, true, nil
 					}
