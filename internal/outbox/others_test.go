@@ -11,6 +11,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
+
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 	"github.com/pglistener/pglistener/internal/retry"
@@ -85,6 +88,38 @@ func TestLockedRowHoldsUpNoResult(t *testing.T) {
 	}
 }
 
+// TestLockedRowHoldsUpNoClaim: what comes after it is handled meanwhile. That it is all that is due is no reason to look without a pause.
+func TestLockedRowHoldsUpNoClaim(t *testing.T) {
+	t.Parallel()
+	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
+	fill(t, tab, channel, 20)
+	unlock := lock(t, tab, "payload = '1'")
+	r := run(t, config{table: tab}, s)
+	began := time.Now()
+	testkit.Eventually(t, "a locked row holds up the others", func() bool { return rowCount(t, testkit.DB(t), tab) == 1 })
+	if took := time.Since(began); took > 4*time.Second { // the statement would be given up after 4.5 s
+		t.Errorf("a locked row holds up the others for %v", took)
+	}
+	looks := 0
+	for until := time.Now().Add(2 * time.Second); time.Now().Before(until); time.Sleep(time.Millisecond) {
+		r.mu.Lock()
+		if r.counts.changed { // as every look at what is locked says
+			looks++
+		}
+		r.counts.changed = false
+		r.mu.Unlock()
+	}
+	if looks > 10 { // pauses of 0.1 s that double leave room for six
+		t.Errorf("it has looked %d times in two seconds", looks)
+	}
+	unlock()
+	_ = r.Handle(t.Context(), notify.Notification{}) // it looks again
+	emptied(t, testkit.DB(t), tab)
+	if got := s.payloads(); len(got) != 20 || got[19] != "1" {
+		t.Errorf("handled %v", got)
+	}
+}
+
 // TestLockedRowAtTheStop: what could not be written is told.
 func TestLockedRowAtTheStop(t *testing.T) {
 	t.Parallel()
@@ -117,6 +152,10 @@ func TestLockedTableCollectsNoSessions(t *testing.T) {
 		testkit.Eventually(t, "a session waits on that has been given up", func() bool { return waiting(t, tab) == 0 })
 	}
 	if err := r.Ready(); err == nil || !strings.Contains(err.Error(), "locked the table") {
+		t.Errorf("%v", err)
+	}
+	// Nor does one that begins where the last one ended.
+	if _, err := r.store.claim(1, place{runAt: time.Now()}); pq.As(err, pqerror.LockNotAvailable) == nil {
 		t.Errorf("%v", err)
 	}
 	unlock()
