@@ -202,6 +202,33 @@ func TestNotReadyWhilePausedForLong(t *testing.T) {
 	}
 }
 
+// A try that is never answered says nothing of the receiver, so that the channel stays paused, and nothing of its row, which spends no
+// attempt. The next try is another row.
+func TestTryThatIsNeverAnswered(t *testing.T) {
+	t.Parallel()
+	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
+	fill(t, tab, channel, 3)
+	r := run(t, config{table: tab, timeout: 200 * time.Millisecond, attempts: 100, tweak: func(o *Outbox) {
+		o.breaker = pausedFor(30*time.Second, errors.New("connection refused"))
+	}}, notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
+		_ = s.Handle(ctx, n)
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}))
+	testkit.Eventually(t, "no second try", func() bool { return len(s.payloads()) >= 2 })
+	testkit.Eventually(t, "a try has spent an attempt, or its row is not given back", func() bool {
+		var n int
+		err := testkit.DB(t).QueryRow(`select count(*) from "` + tab + `" where attempts = 0 and lease is null and last_error is null`).Scan(&n)
+		return err == nil && n == 3
+	})
+	if got := s.payloads(); got[0] != "1" || got[1] != "2" {
+		t.Errorf("tried %v", got)
+	}
+	if len(r.All("channel resumed")) > 0 || stat(r, "pglistener_channel_paused", "") != 1 {
+		t.Error("a try that was not answered has ended the pause")
+	}
+}
+
 // pausedFor is a Breaker that opened some time ago.
 func pausedFor(d time.Duration, cause error) (b retry.Breaker) {
 	for i := range 3 {
