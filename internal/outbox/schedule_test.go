@@ -346,6 +346,19 @@ func TestConfiguredScheduleIsKept(t *testing.T) {
 	emptied(t, testkit.DB(t), tab)
 }
 
+// The row of NAME_SCHEDULE that somebody has deleted is there again within a minute.
+func TestDeletedScheduleComesBack(t *testing.T) {
+	t.Parallel()
+	tab := outboxTable(t, testkit.DB(t))
+	r := runScheduled(t, config{table: tab, schedule: "0 3 * * *", tweak: func(o *Outbox) {
+		o.kept = time.Now().Add(-59 * time.Second) // it was there, and is gone
+	}}, &seen{})
+	testkit.Eventually(t, "it does not come back", func() bool {
+		_ = r.CatchUp(t.Context()) // the sweep
+		return rowCount(t, testkit.DB(t), tab) == 1
+	})
+}
+
 // TestUpgradeInPlace starts from the table as it was, with rows in it, while the program as it was goes on.
 func TestOldClaimsAndNewOnesLoseNothing(t *testing.T) {
 	t.Parallel()
