@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 
 	"github.com/pglistener/pglistener/internal/outbox"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
@@ -812,6 +813,37 @@ func TestInstallsSafelyOrNotAtAll(t *testing.T) {
 		t.Errorf("the function of another role: %v", err)
 	}
 	w.remove(script)
+}
+
+// TestInstallerGivesUp: writers wait behind whoever waits for the table.
+func TestInstallerGivesUp(t *testing.T) {
+	w := newWorld(t)
+	w.make("create table orders (id int primary key)")
+	script := w.print(w.options("orders"))
+	const patience = "set local lock_timeout = '10s';"
+	if !strings.Contains(script, patience) {
+		t.Errorf("no %q in it", patience)
+	}
+	script = strings.Replace(script, patience, "set local lock_timeout = '100ms';", 1) // ten seconds are too long for a test
+	tx, err := w.db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	if _, err := tx.Exec("insert into orders values (1)"); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
+	defer cancel()
+	if _, err := w.owner.ExecContext(ctx, script); pq.As(err, pqerror.LockNotAvailable) == nil {
+		t.Errorf("somebody writes to the table: %v", err)
+	}
+	if err := tx.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.owner.Exec(script); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestChannels: a table can feed several, and the names of functions do not collide.
