@@ -292,19 +292,22 @@ func TestPoisonRowHoldsUpNobody(t *testing.T) {
 			return errors.New("cannot digest")
 		case "hopeless":
 			return notify.Permanent(errors.New("never"))
+		case "garbled": // no text of the database has such bytes
+			return notify.Permanent(errors.New("a\x00b\xff"))
 		}
 		return s.Handle(ctx, n)
 	}))
 	insert(t, testkit.DB(t), tab, channel, "poison")
 	insert(t, testkit.DB(t), tab, channel, "hopeless")
+	insert(t, testkit.DB(t), tab, channel, "garbled")
 	for i := range 50 {
 		insert(t, testkit.DB(t), tab, channel, strconv.Itoa(i))
 	}
 	testkit.Eventually(t, "the others were held up", func() bool { return len(s.payloads()) == 50 })
-	if line := r.Wait(t, "gave up; the row stays", 2); line["retry"] != fmt.Sprintf("pglistener -outbox-retry %.0f", line["id"]) {
+	if line := r.Wait(t, "gave up; the row stays", 3); line["retry"] != fmt.Sprintf("pglistener -outbox-retry %.0f", line["id"]) {
 		t.Errorf("%v does not say how to retry it", line)
 	}
-	for payload, want := range map[string]string{"poison": "3 cannot digest", "hopeless": "1 never"} {
+	for payload, want := range map[string]string{"poison": "3 cannot digest", "hopeless": "1 never", "garbled": "1 ab?"} {
 		var got string
 		err := testkit.DB(t).QueryRow(`select attempts || ' ' || last_error from "`+tab+`" where payload = $1 and failed_at is not null`, payload).Scan(&got)
 		if err != nil || got != want {
@@ -351,6 +354,18 @@ func stuckAfter(n int64, gate <-chan struct{}, h notify.Handler) notify.Handler 
 		}
 		return h.Handle(ctx, n2)
 	})
+}
+
+// paced finds out that what fails is not repeated without a pause: pauses of 0.1 s that double leave room for five attempts in a second.
+func paced(t *testing.T, r *running, msg string) {
+	t.Helper()
+	r.Wait(t, msg, 1)
+	for until := time.Now().Add(time.Second); time.Now().Before(until); time.Sleep(10 * time.Millisecond) {
+		lines := r.All(msg)
+		if last := lines[len(lines)-1]; last["attempt"].(float64) > 8 {
+			t.Fatalf("within a second: %v", last)
+		}
+	}
 }
 
 // claimedAhead waits until a job is stuck in front of rows that were claimed ahead.
@@ -425,12 +440,14 @@ func TestSurvivesLossOfItsTable(t *testing.T) {
 	if want := "OUTBOX_TABLE=" + tab + " pglistener -outbox-schema | psql"; !strings.Contains(line["hint"].(string), want) {
 		t.Errorf("no %q in %v", want, line)
 	}
+	paced(t, r, "outbox cannot be read")
 	makeOutbox(t, testkit.DB(t), tab)
 	insert(t, testkit.DB(t), tab, channel, "one")
 	emptied(t, testkit.DB(t), tab)
+	before := len(r.All("outbox cannot be read"))
 	testkit.Exec(t, testkit.DB(t), `drop table "`+tab+`"`)
 	testkit.Send(t, channel, "")
-	r.Wait(t, "outbox cannot be read", 2)
+	r.Wait(t, "outbox cannot be read", before+1)
 	makeOutbox(t, testkit.DB(t), tab)
 	insert(t, testkit.DB(t), tab, channel, "two")
 	emptied(t, testkit.DB(t), tab)

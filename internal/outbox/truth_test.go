@@ -30,6 +30,16 @@ func stat(r *running, name, label string) (value float64) {
 	return value
 }
 
+// refuseDeletes has a table refuse that rows are deleted, until mend is called.
+func refuseDeletes(t *testing.T, tab string) (mend func()) {
+	t.Helper()
+	db := testkit.DB(t)
+	testkit.Exec(t, db, `create or replace function "`+tab+`_no"() returns trigger language plpgsql
+		as 'begin raise exception ''no deletes today''; end'`)
+	testkit.Exec(t, db, `create trigger no before delete on "`+tab+`" for each row execute function "`+tab+`_no"()`)
+	return func() { testkit.Exec(t, db, `drop trigger no on "`+tab+`"`) }
+}
+
 func TestNotReadyWhileTheTableCannotBeUsed(t *testing.T) {
 	t.Parallel()
 	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
@@ -77,14 +87,14 @@ func TestNotReadyWhileTheTableCannotBeUsed(t *testing.T) {
 	// A result that cannot be written.
 	insert(t, db, tab, channel, "held")
 	testkit.Eventually(t, "not begun", func() bool { r.mu.Lock(); defer r.mu.Unlock(); return r.running == 1 })
-	testkit.Exec(t, db, `create or replace function "`+tab+`_no"() returns trigger language plpgsql as 'begin raise exception ''no deletes today''; end'`)
-	testkit.Exec(t, db, `create trigger no before delete on "`+tab+`" for each row execute function "`+tab+`_no"()`)
+	mend := refuseDeletes(t, tab)
 	close(gate)
 	testkit.Eventually(t, "ready although results cannot be written", func() bool { return r.Ready() != nil })
 	if err := r.Ready(); !strings.Contains(err.Error(), "cannot be written") || !strings.Contains(err.Error(), "no deletes today") {
 		t.Errorf("%v", err)
 	}
-	testkit.Exec(t, db, `drop trigger no on "`+tab+`"`)
+	paced(t, r, "results of the outbox cannot be written")
+	mend()
 	testkit.Eventually(t, "not ready although it is mended", func() bool { return r.Ready() == nil })
 	emptied(t, db, tab)
 }
@@ -346,6 +356,14 @@ func TestRowsOfAStrangeChannelAreNamed(t *testing.T) {
 	if n := len(r.All("rows have been due")); n != 1 {
 		t.Errorf("told %d times", n)
 	}
+	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`"`)
+	r.pool.mu.Lock()
+	r.pool.looked = time.Time{} // it looks once a minute
+	r.pool.mu.Unlock()
+	_ = r.Handle(t.Context(), notify.Notification{})
+	testkit.Eventually(t, "they are gone, and the metric still counts them", func() bool {
+		return stat(r, "pglistener_outbox_unhandled_rows", "") == 0
+	})
 }
 
 // TestUpgradeKeepsTheNumbers starts from the table as it was before event_id.
