@@ -31,6 +31,7 @@ type running struct {
 	*Outbox
 	*testkit.Logs
 	begin func() // begins to stop
+	quit  func() // ends the contexts of handlers
 	stop  func() // stops, and waits for the end
 }
 
@@ -83,7 +84,7 @@ func run(t *testing.T, c config, h notify.Handler) *running {
 		}
 	})
 	ended.Go(func() { r.Run(stop, quit) })
-	r.begin = begin
+	r.begin, r.quit = begin, cut
 	r.stop = func() {
 		begin()
 		ended.Wait()
@@ -412,6 +413,144 @@ func TestGivesBackAtShutdown(t *testing.T) {
 	}
 }
 
+// A replica that sleeps is woken for what another one gives back: by itself it would look again when the lease ends.
+func TestGivesBackToASleepingReplica(t *testing.T) {
+	t.Parallel()
+	channel, tab, other := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
+	gate := make(chan struct{})
+	defer close(gate)
+	fill(t, tab, channel, 10)
+	busy := run(t, config{table: tab, tweak: func(o *Outbox) { o.calls.OK = 1 }}, // it has handled one, and so claims ahead
+		notify.HandlerFunc(func(context.Context, notify.Notification) error { <-gate; return nil }))
+	testkit.Eventually(t, "not all are claimed", func() bool { return leased(t, tab) == 10 })
+	asleep := run(t, config{table: tab, tweak: func(o *Outbox) { o.counts.counted = time.Now() }}, other) // or it would look after 5 s
+	testkit.Eventually(t, "it does not look", func() bool {
+		asleep.pool.mu.Lock()
+		defer asleep.pool.mu.Unlock()
+		return !asleep.pool.looked.IsZero()
+	})
+	busy.begin()
+	testkit.Eventually(t, "what was given back is left", func() bool { return len(other.payloads()) == 9 })
+}
+
+// leased is how many rows are claimed.
+func leased(t *testing.T, tab string) (n int) {
+	t.Helper()
+	if err := testkit.DB(t).QueryRow(`select count(*) from "` + tab + `" where lease is not null`).Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// A handler that obeys its context when the time to stop is over has failed, and its row need not wait for the end of its lease.
+func TestHandlerCutAtTheStopHasFailed(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	r := run(t, config{table: tab, attempts: 10}, notify.HandlerFunc(func(ctx context.Context, _ notify.Notification) error {
+		<-ctx.Done()
+		time.Sleep(200 * time.Millisecond) // it cleans up
+		return ctx.Err()
+	}))
+	insert(t, testkit.DB(t), tab, channel, "x")
+	testkit.Eventually(t, "not begun", func() bool { return r.runs() == 1 })
+	r.begin()
+	r.quit()
+	r.stop()
+	var text sql.NullString
+	err := testkit.DB(t).QueryRow(`select last_error from "` + tab + `" where attempts = 1 and lease is null`).Scan(&text)
+	if err != nil || text.String != "context canceled" {
+		t.Errorf("its row says %q: %v", text.String, err)
+	}
+}
+
+// While nothing is known of how long jobs take, no more are claimed than can begin: others may have free slots.
+func TestFirstClaimLeavesRowsToOthers(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	gate := make(chan struct{})
+	defer close(gate)
+	fill(t, tab, channel, 100)
+	for n := 1; n <= 2; n++ {
+		r := run(t, config{table: tab, concurrency: 4}, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+			<-gate
+			return nil
+		}))
+		testkit.Eventually(t, "not begun", func() bool { return r.runs() == 4 })
+		if got := leased(t, tab); got != 4*n {
+			t.Errorf("%d replicas that run 4 jobs each hold %d rows", n, got)
+		}
+	}
+}
+
+// While results cannot be written, handlers go on for a while only: each row that they have done may be handled once more.
+func TestClaimsNoMoreThanItCanWrite(t *testing.T) {
+	t.Parallel()
+	const total = 10_000
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	mend := refuseDeletes(t, tab)
+	fill(t, tab, channel, total)
+	var calls atomic.Int64
+	run(t, config{table: tab}, notify.HandlerFunc(func(context.Context, notify.Notification) error { calls.Add(1); return nil }))
+	var n int64
+	since := time.Now()
+	testkit.Eventually(t, "it does not come to rest", func() bool {
+		if now := calls.Load(); now != n {
+			n, since = now, time.Now()
+		}
+		return n > prefetchRows && time.Since(since) > 500*time.Millisecond
+	})
+	if n == total {
+		t.Errorf("all rows were handled although no result is written")
+	}
+	mend()
+	emptied(t, testkit.DB(t), tab)
+	if n = calls.Load(); n != total {
+		t.Errorf("%d calls for %d rows", n, total)
+	}
+}
+
+// What has waited for too long is not begun, for its lease would end while its handler runs.
+func TestBeginsNothingLate(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	var calls atomic.Int64
+	r := run(t, config{table: tab}, notify.HandlerFunc(func(context.Context, notify.Notification) error { calls.Add(1); return nil }))
+	insert(t, testkit.DB(t), tab, channel, "x")
+	emptied(t, testkit.DB(t), tab)
+	r.push([]job{{id: -1, until: "now", claimed: time.Now().Add(-r.margin - time.Millisecond)}})
+	testkit.Eventually(t, "it is not given back", func() bool { return stat(r, "pglistener_items_total", "given_back") == 1 })
+	if n := calls.Load(); n != 1 {
+		t.Errorf("%d calls", n)
+	}
+}
+
+// The lease lasts while a row waits for its slot, its handler runs to its time limit and ends a little later, and the result is written,
+// for which the server may be asked twice.
+func TestLeaseOutlivesTheHandler(t *testing.T) {
+	t.Parallel()
+	const limit, grace = 30 * time.Second, time.Second
+	r := run(t, config{table: outboxTable(t, testkit.DB(t)), timeout: limit}, &seen{})
+	if left := r.store.lease - r.margin - call.Longest(limit) - grace; left < 2*r.options.Timeout {
+		t.Errorf("of a lease of %v there are %v left to write the result", r.store.lease, left)
+	}
+}
+
+// A receiver may ask for any pause, and is asked again after an hour.
+func TestWaitsForAnHourAtMost(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	r := run(t, config{table: tab, attempts: 10}, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+		return notify.RetryAfter(errors.New("closed"), 24*time.Hour)
+	}))
+	insert(t, testkit.DB(t), tab, channel, "x")
+	r.Wait(t, "handler failed; the row will be tried again", 1)
+	var wait float64
+	err := testkit.DB(t).QueryRow(`select extract(epoch from run_at - now()) from "` + tab + `"`).Scan(&wait)
+	if err != nil || wait > 3600 || wait < 3500 {
+		t.Errorf("it waits for %v s: %v", wait, err)
+	}
+}
+
 // A job that turns slow must not keep from other replicas what was claimed ahead of it.
 func TestGivesBackWhatWaitsTooLong(t *testing.T) {
 	t.Parallel()
@@ -473,6 +612,18 @@ func TestSchemaWithOddNames(t *testing.T) {
 		r := run(t, config{table: name, channel: channel}, s)
 		testkit.Exec(t, testkit.DB(t), r.store.table.sql("insert into {table} (channel, payload) values ($1, 'x')"), channel)
 		testkit.Eventually(t, "not handled", func() bool { return len(s.payloads()) == 1 })
+	}
+}
+
+// The free half of each page lets a claim touch no index, and vacuum comes often enough for a table of which every row is deleted.
+func TestTableIsSetForClaims(t *testing.T) {
+	t.Parallel()
+	tab := outboxTable(t, testkit.DB(t))
+	var set pq.StringArray
+	err := testkit.DB(t).QueryRow(`select reloptions from pg_class where oid = to_regclass($1)`, `"`+tab+`"`).Scan(&set)
+	want := []string{"fillfactor=50", "autovacuum_vacuum_scale_factor=0.02", "autovacuum_analyze_scale_factor=0.02"}
+	if err != nil || !slices.Equal(set, want) {
+		t.Errorf("%v, want %v: %v", set, want, err)
 	}
 }
 
