@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -279,6 +280,30 @@ func TestAbandonedIsCountedAndLogged(t *testing.T) {
 	}
 }
 
+// TestOneThatIgnoresItsContextIsCounted: what still runs at the end was not handled to its end either.
+func TestOneThatIgnoresItsContextIsCounted(t *testing.T) {
+	t.Parallel()
+	began, gate := make(chan struct{}), make(chan struct{})
+	w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+		began <- struct{}{}
+		<-gate
+		return nil
+	}), Options{Limits: call.Limits{Concurrency: 2}})
+	w.give(t, "one", "two", "three")
+	<-began
+	<-began
+	drained := w.Drained()
+	w.cancel(notify.ErrShutdownTimeout)
+	if n := w.AbandonRest(); n != 3 { // two run, one waits
+		t.Errorf("%d abandoned, want 3", n)
+	}
+	if line := w.Wait(t, "handler is still running at the end", 1); line["running"] != 2.0 {
+		t.Errorf("the log says %v", line)
+	}
+	close(gate)
+	<-drained
+}
+
 func TestFifo(t *testing.T) {
 	var q fifo
 	next, want := 0, 0
@@ -302,6 +327,20 @@ func TestFifo(t *testing.T) {
 	}
 	if next != want {
 		t.Fatalf("pushed %d, popped %d", next, want)
+	}
+
+	for range 5000 {
+		q.push(notify.Notification{})
+	}
+	for range 5000 {
+		q.pop()
+	}
+	if len(q.ring) > 1024 {
+		t.Errorf("after a burst the empty ring still has %d places", len(q.ring))
+	}
+	q.push(notify.Notification{PID: 1})
+	if got := q.pop().PID; got != 1 {
+		t.Errorf("popped %d after a burst", got)
 	}
 }
 
@@ -363,6 +402,33 @@ func TestDoorbellPausesWhileItsReceiverIsAway(t *testing.T) {
 	})
 }
 
+// TestPausedDoorbellWaitsAsLongAsItsReceiverAsks: and for a minute at most, which is how long its own pauses grow.
+func TestPausedDoorbellWaitsAsLongAsItsReceiverAsks(t *testing.T) {
+	for asked, want := range map[time.Duration]time.Duration{20 * time.Second: 20 * time.Second, time.Hour: time.Minute} {
+		synctest.Test(t, func(t *testing.T) {
+			var calls []time.Time
+			w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+				calls = append(calls, time.Now())
+				if len(calls) == 5 {
+					return nil
+				}
+				return notify.RetryAfter(errAway, asked)
+			}), Options{Doorbell: true})
+			w.give(t, "")
+			time.Sleep(10 * time.Minute)
+			w.finish(t)
+			if len(calls) != 5 {
+				t.Fatalf("%d calls", len(calls))
+			}
+			for i := 3; i < len(calls); i++ { // the third has paused it
+				if pause := calls[i].Sub(calls[i-1]); pause != want {
+					t.Errorf("asked to wait for %v, and call %d came after %v", asked, i+1, pause)
+				}
+			}
+		})
+	}
+}
+
 // A stop does not wait for a receiver that is away: the doorbell runs at the next start.
 func TestPausedDoorbellDoesNotHoldUpTheStop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -399,6 +465,25 @@ func TestPlainChannelDoesNotPause(t *testing.T) {
 			t.Errorf("%d traces of what was given up, want 100", n)
 		}
 	})
+}
+
+// TestPlainChannelWaitsAsLongAsItsReceiverAsks: but never for longer than between any two attempts, as all behind it waits too.
+func TestPlainChannelWaitsAsLongAsItsReceiverAsks(t *testing.T) {
+	for asked, want := range map[time.Duration]time.Duration{4 * time.Millisecond: 4 * time.Millisecond, time.Hour: 5 * time.Millisecond} {
+		synctest.Test(t, func(t *testing.T) {
+			var calls []time.Time
+			w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+				calls = append(calls, time.Now())
+				return notify.RetryAfter(errors.New("busy"), asked)
+			}), Options{})
+			w.give(t, "x")
+			time.Sleep(2 * time.Hour)
+			w.finish(t)
+			if len(calls) != 3 || calls[1].Sub(calls[0]) != want || calls[2].Sub(calls[1]) != want {
+				t.Errorf("asked to wait for %v, called at %v", asked, calls)
+			}
+		})
+	}
 }
 
 func TestNotReadyWhileNothingSucceeds(t *testing.T) {
@@ -441,6 +526,38 @@ func stat(w testQueue, name, result string) (value float64) {
 		}
 	}
 	return value
+}
+
+// TestSweepsAreNotInStep: channels, and the replicas of a service, start at the same moment.
+func TestSweepsAreNotInStep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		swept := make(chan time.Duration, 20)
+		for range cap(swept) {
+			var once sync.Once
+			w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+				once.Do(func() { swept <- time.Since(began) })
+				return nil
+			}), Options{Doorbell: true, Settings: Settings{CatchUpInterval: time.Minute}})
+			w.Start()
+			t.Cleanup(func() { w.finish(t) })
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if len(swept) != cap(swept) {
+			t.Fatalf("%d of %d have looked for work within their interval", len(swept), cap(swept))
+		}
+		apart := map[time.Duration]bool{}
+		for range cap(swept) {
+			at := <-swept
+			if apart[at] = true; at < 48*time.Second {
+				t.Errorf("one looked for work after %v", at)
+			}
+		}
+		if len(apart) < cap(swept)/2 {
+			t.Errorf("%d channels looked for work at %d moments", cap(swept), len(apart))
+		}
+	})
 }
 
 // everyFive is due every five minutes.
