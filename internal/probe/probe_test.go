@@ -154,6 +154,14 @@ func TestTransitions(t *testing.T) {
 			o.t.Errorf("%+v", s)
 		}
 	})
+	run(t, "sending, failed, with an interval below the timeout", func(o *owner) {
+		o.Probe = New(2*time.Second, timeout)
+		o.subscribe()
+		o.due(0)
+		o.Sent(errors.New("refused"), true)
+		o.send(2 * time.Second)
+		o.Stop()
+	})
 	run(t, "sending takes longer than C", func(o *owner) {
 		o.subscribe()
 		o.due(0)
@@ -240,6 +248,32 @@ func TestLostOnceReconnects(t *testing.T) {
 	})
 }
 
+// TestDeafFrom: on a subscription that has proven nothing, delivery was sure until it began, whatever an earlier one has proven.
+func TestDeafFrom(t *testing.T) {
+	run(t, "the first one", func(o *owner) {
+		time.Sleep(time.Hour)
+		subscribedAt := time.Now()
+		o.subscribe()
+		o.send(0)
+		o.due(timeout)
+		if _, from := o.Deaf(); !from.Equal(subscribedAt) {
+			t.Errorf("deaf from %v, subscribed at %v", from, subscribedAt)
+		}
+	})
+	run(t, "a later one", func(o *owner) {
+		o.proven()
+		o.Unsubscribed()
+		time.Sleep(time.Hour)
+		subscribedAt := time.Now()
+		o.subscribe()
+		o.send(0)
+		o.due(timeout)
+		if _, from := o.Deaf(); !from.Equal(subscribedAt) {
+			t.Errorf("deaf from %v, subscribed at %v", from, subscribedAt)
+		}
+	})
+}
+
 func TestLateIsNotLost(t *testing.T) {
 	run(t, "while others arrive", func(o *owner) {
 		o.proven()
@@ -254,6 +288,26 @@ func TestLateIsNotLost(t *testing.T) {
 		}
 		if _, ok := o.Heard(payload); !ok {
 			t.Error("not heard")
+		}
+	})
+	run(t, "until no more arrive", func(o *owner) {
+		o.subscribe()
+		o.Other() // before it is sent, which says nothing of it
+		o.send(0)
+		o.Other()
+		if step := o.due(timeout); step != Wait {
+			t.Fatalf("step %d although notifications are coming in", step)
+		}
+		if step := o.due(timeout); step != Reconnect {
+			t.Errorf("step %d although nothing more has come in", step)
+		}
+	})
+	run(t, "unless the others came before it was sent", func(o *owner) {
+		o.subscribe()
+		o.Other()
+		o.send(0)
+		if step := o.due(timeout); step != Reconnect {
+			t.Errorf("step %d, want Reconnect", step)
 		}
 	})
 	run(t, "while nothing is read", func(o *owner) {
@@ -306,6 +360,9 @@ func TestUnsubscribedInEveryState(t *testing.T) {
 		o.is(sending) // the second connection is still in use
 		o.Sent(nil, o.listening)
 		o.is(off)
+		o.subscribe()
+		o.send(0)
+		o.is(awaiting) // the next one proves something again
 	})
 	run(t, "sending, and subscribed again before it was sent", func(o *owner) {
 		o.subscribe()

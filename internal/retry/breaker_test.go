@@ -22,8 +22,15 @@ func TestBreakerOpensAfterThreeDifferentItems(t *testing.T) {
 	if since, cause := b.Since(); !since.Equal(now) || cause != errAway {
 		t.Errorf("since %v because of %v", since, cause)
 	}
-	if opened, wasOpen := b.Fail("d", errAway, now); opened || !wasOpen {
+	last := errors.New("away in another way")
+	if opened, wasOpen := b.Fail("d", last, now); opened || !wasOpen {
 		t.Error("a failure while it is open is charged")
+	}
+	if _, cause := b.Since(); cause != last {
+		t.Errorf("the last cause is %v", cause)
+	}
+	if b.Succeed(now) == 0 { // within the same tick of a coarse clock
+		t.Error("it was open, and that is not told")
 	}
 }
 

@@ -63,3 +63,24 @@ func TestFailuresAreThinnedByKind(t *testing.T) {
 		t.Error("the first failure after a success is not logged as the first")
 	}
 }
+
+// TestRareFailuresAreAllLogged: what comes once an hour is news each time.
+func TestRareFailuresAreAllLogged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var f Failures
+		for _, step := range []struct {
+			after time.Duration
+			want  bool
+		}{{0, true}, {0, true}, {time.Minute, false}, {time.Minute, true}, {time.Minute, false}, {time.Minute + 1, true}, {time.Hour, true}, {0, true}, {0, false}} {
+			time.Sleep(step.after)
+			if n, shouldLog := f.Count("a"); shouldLog != step.want {
+				t.Errorf("failure %d, %v after the one before: logged %v, want %v", n, step.after, shouldLog, step.want)
+			}
+			if step.after > time.Minute {
+				if _, shouldLog := f.Count("b"); !shouldLog {
+					t.Errorf("the first of another kind in %v is not logged", step.after)
+				}
+			}
+		}
+	})
+}
