@@ -70,6 +70,22 @@ func TestSettingsOfAChannel(t *testing.T) {
 }
 
 // Each bad value is reported once, under the name it was given.
+// TestValuesFromFiles: the end of the line that an editor adds, also one of Windows, is no part of the value; anything else is.
+func TestValuesFromFiles(t *testing.T) {
+	for text, want := range map[string]string{
+		"s": "s", "s\n": "s", "s\r\n": "s", "s\n\n": "s", "s\r\n\r\n": "s", " s \n": " s ", "s\nt\n": "s\nt", `"s"` + "\n": `"s"`,
+	} {
+		file := filepath.Join(t.TempDir(), "secret")
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var got settings
+		if problems := Decode(&got, environ{"WEBHOOK_SECRET_FILE": file}.lookup); len(problems) > 0 || got.Nested.Secret != want {
+			t.Errorf("%q became %q, want %q: %v", text, got.Nested.Secret, want, problems)
+		}
+	}
+}
+
 func TestBadValuesAreReportedOnce(t *testing.T) {
 	e := environ{"CONCURRENCY": "many", "HANDLER_TIMEOUT": "10", "WEBHOOK_SECRET": "malformed hunter2",
 		"A_CONCURRENCY": "101", "A_OVERFLOW": "lose", "B_HANDLER_TIMEOUT": "-1s", "B_WEBHOOK_SECRET": "malformed hunter2", "B_CONCURRENCY": "x"}
@@ -286,6 +302,35 @@ func TestMisspeltVariables(t *testing.T) {
 		case strings.Contains(strings.Join(warnings, ""), "hunter2"):
 			t.Errorf("%s: the value is shown", name)
 		}
+	}
+}
+
+// TestNearest: as many letters may be wrong as are likely in a word of that length, one at least.
+func TestNearest(t *testing.T) {
+	known := []string{"OUTBOX_TABLE", "PING", "HANDLER_TIMEOUT", "WEBHOOK_SECRET_PREVIOUS"}
+	for s, want := range map[string]string{
+		// One letter left out, put in, replaced, exchanged with its neighbour; at the beginning, within and at the end.
+		"UTBOX_TABLE": "OUTBOX_TABLE", "OUTBX_TABLE": "OUTBOX_TABLE", "OUTBOX_TABL": "OUTBOX_TABLE",
+		"XOUTBOX_TABLE": "OUTBOX_TABLE", "OUTBOXX_TABLE": "OUTBOX_TABLE", "OUTBOX_TABLES": "OUTBOX_TABLE",
+		"AUTBOX_TABLE": "OUTBOX_TABLE", "OUTBOX-TABLE": "OUTBOX_TABLE", "OUTBOX_TABLA": "OUTBOX_TABLE",
+		"UOTBOX_TABLE": "OUTBOX_TABLE", "OUTBOX_TBALE": "OUTBOX_TABLE", "OUTBOX_TABEL": "OUTBOX_TABLE",
+		"PIING": "PING", "PONG": "PING", "PNIG": "PING", "PIGN": "PING",
+		// Two of them are one too many in a short word, and not in a long one; in a very long one three are not.
+		"PIINGG": "", "PONK": "", "IPGN": "", "PNGI": "", "IPNGG": "", "OTBX_TBLE": "",
+		"HANDLR_TIMOUT": "HANDLER_TIMEOUT", "HANDLERR_TIMEOUTS": "HANDLER_TIMEOUT", "HENDLER_TIMEUOT": "HANDLER_TIMEOUT", "AHNDLER_TIMEOTU": "HANDLER_TIMEOUT",
+		"HNDLR_TIMOUT": "", "AHNDLER_TMIEOTU": "", "WEBHOOOK_SECREET_PREVIOUSS": "WEBHOOK_SECRET_PREVIOUS", "WEBHOK_SECRT_PRVIOUS": "",
+		// Too short to resemble anything, and right as it is.
+		"PIN": "", "PNG": "", "PING": "", "": "",
+	} {
+		if got := nearest(s, known); got != want {
+			t.Errorf("%q is taken for %q, want %q", s, got, want)
+		}
+	}
+	if got := nearest("PINGS", []string{"PONGS", "PANGSX", "PING"}); got != "PONGS" {
+		t.Errorf("the first of those that are as near is %q", got)
+	}
+	if got := nearest("HANDLER_TIMEOUT", []string{"HANDLER_TIME", "HANDLER_TIMEO", "HANDLER_TIMEUT"}); got != "HANDLER_TIMEUT" {
+		t.Errorf("the nearest is %q", got)
 	}
 }
 

@@ -29,7 +29,7 @@ func TestClockThatJumps(t *testing.T) {
 		if ran != step.runs {
 			t.Errorf("step %d, %s: ran %q, want %q", i, step.set, ran, step.runs)
 		}
-		if w := c.Wait(); w > lookAgain {
+		if w := c.Wait(); w > 20*time.Second { // though the next time is up to an hour away
 			t.Errorf("step %d: looks at the clock again only after %v", i, w)
 		}
 	}

@@ -205,6 +205,21 @@ func TestZones(t *testing.T) {
 	}
 }
 
+// TestZoneOfSchedulesWithoutOne is UTC unless TZ says otherwise, whatever the machine's own zone: a container that moves to another
+// machine runs at the same times.
+func TestZoneOfSchedulesWithoutOne(t *testing.T) {
+	defer func(l *time.Location) { time.Local = l }(time.Local)
+	time.Local = zoneOf(t, "Asia/Tokyo")
+	now := at(t, "2026-07-01T12:00:00Z")
+	for tz, want := range map[string]string{"": "2026-07-02T03:00:00Z", "Asia/Tokyo": "2026-07-02T03:00:00+09:00"} {
+		t.Setenv("TZ", tz)
+		next, err := Next("0 3 * * *", now, now)
+		if err != nil || next.Format(time.RFC3339) != want {
+			t.Errorf("TZ=%s: %v, %v, want %s", tz, next, err, want)
+		}
+	}
+}
+
 func TestNext(t *testing.T) {
 	// 1 July 2026 is a Wednesday.
 	const now = "2026-07-01T12:34:56.789Z"
