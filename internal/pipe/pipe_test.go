@@ -542,11 +542,14 @@ func TestCheck(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			p := newPipe(t, 1, "note('pid', str(os.getpid()))\n"+c.program)
-			open := 300 * time.Millisecond
-			if strings.HasSuffix(name, "at once") {
-				open = testkit.Patience // however slow this machine is
+			open, closed := 300*time.Millisecond, testkit.Patience // however slow this machine is
+			switch {
+			case strings.HasSuffix(name, "at once"):
+				open = testkit.Patience
+			case strings.Contains(c.text, "stopped"):
+				closed = 2 * time.Second
 			}
-			text, err := p.check(within(t, testkit.Patience), open, 2*time.Second)
+			text, err := p.check(within(t, 3*testkit.Patience), open, closed)
 			if c.failure == "" && (err != nil || !strings.Contains(text, c.text)) || c.failure != "" && (err == nil || !strings.Contains(err.Error(), c.failure)) {
 				t.Errorf("%s, %v", text, err)
 			}
