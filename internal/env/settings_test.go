@@ -317,8 +317,9 @@ func TestNearest(t *testing.T) {
 		"PIING": "PING", "PONG": "PING", "PNIG": "PING", "PIGN": "PING",
 		// Two of them are one too many in a short word, and not in a long one; in a very long one three are not.
 		"PIINGG": "", "PONK": "", "IPGN": "", "PNGI": "", "IPNGG": "", "OTBX_TBLE": "",
-		"HANDLR_TIMOUT": "HANDLER_TIMEOUT", "HANDLERR_TIMEOUTS": "HANDLER_TIMEOUT", "HENDLER_TIMEUOT": "HANDLER_TIMEOUT", "AHNDLER_TIMEOTU": "HANDLER_TIMEOUT",
-		"HNDLR_TIMOUT": "", "AHNDLER_TMIEOTU": "", "WEBHOOOK_SECREET_PREVIOUSS": "WEBHOOK_SECRET_PREVIOUS", "WEBHOK_SECRT_PRVIOUS": "",
+		"HANDLR_TIMOUT": "HANDLER_TIMEOUT", "HANDLERR_TIMEOUTS": "HANDLER_TIMEOUT", "HENDLER_TIMEUOT": "HANDLER_TIMEOUT",
+		"AHNDLER_TIMEOTU": "HANDLER_TIMEOUT",
+		"HNDLR_TIMOUT":    "", "AHNDLER_TMIEOTU": "", "WEBHOOOK_SECREET_PREVIOUSS": "WEBHOOK_SECRET_PREVIOUS", "WEBHOK_SECRT_PRVIOUS": "",
 		// Too short to resemble anything, and right as it is.
 		"PIN": "", "PNG": "", "PING": "", "": "",
 	} {

@@ -161,7 +161,8 @@ for event in events:
 	p.path = filepath.Join(p.dir, "link")
 	p.run()
 	p.lg.Wait(t, "the program of the pipe is started again", 1)
-	if err := p.Handle(within(t, 300*time.Millisecond), event("a")); !notify.IsUnavailable(err) || !strings.Contains(err.Error(), "no such file") {
+	err := p.Handle(within(t, 300*time.Millisecond), event("a"))
+	if !notify.IsUnavailable(err) || !strings.Contains(err.Error(), "no such file") {
 		t.Errorf("%v", err)
 	}
 	if err := os.Symlink(path, p.path); err != nil {

@@ -71,7 +71,10 @@ func TestRareFailuresAreAllLogged(t *testing.T) {
 		for _, step := range []struct {
 			after time.Duration
 			want  bool
-		}{{0, true}, {0, true}, {time.Minute, false}, {time.Minute, true}, {time.Minute, false}, {time.Minute + 1, true}, {time.Hour, true}, {0, true}, {0, false}} {
+		}{
+			{0, true}, {0, true}, {time.Minute, false}, {time.Minute, true}, {time.Minute, false},
+			{time.Minute + 1, true}, {time.Hour, true}, {0, true}, {0, false},
+		} {
 			time.Sleep(step.after)
 			if n, shouldLog := f.Count("a"); shouldLog != step.want {
 				t.Errorf("failure %d, %v after the one before: logged %v, want %v", n, step.after, shouldLog, step.want)
