@@ -16,6 +16,7 @@ func FuzzParseChannels(f *testing.F) {
 		"?a=1,2&token=", ",b=nope,", ",hunter2=", "x,hunter2;y", "\n", `" 'x`, "@h,", ",log=log,z=", ",c://", `",x"`} {
 		f.Add(s, s)
 	}
+	f.Add(",b=nop"+strings.Repeat("\xb2", 3000)+"e,", ",b=nope,") // no word is like it, and it takes no time to say so
 	f.Fuzz(func(t *testing.T, s, more string) {
 		parse := func(s string) []Route {
 			routes, problems := ParseChannels(s, environ{}.lookup, known)

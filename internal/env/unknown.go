@@ -58,14 +58,14 @@ func nearest(s string, words []string) string {
 	return ""
 }
 
-// within says whether b can be made of a by putting in, leaving out, replacing or exchanging with their neighbour up to n letters. It
-// takes time that grows with the power of n.
+// within says whether b can be made of a by putting in, leaving out, replacing or exchanging with their neighbour up to n letters. Its
+// time grows with the power of n, which is small unless both are long.
 func within(a, b string, n int) bool {
 	for a != "" && b != "" && a[0] == b[0] {
 		a, b = a[1:], b[1:]
 	}
 	switch {
-	case a == "" || b == "" || n == 0:
+	case a == "" || b == "" || n == 0 || max(len(a)-len(b), len(b)-len(a)) > n: // then they are too far apart
 		return len(a)+len(b) <= n
 	case len(a) > 1 && len(b) > 1 && a[0] == b[1] && a[1] == b[0] && within(a[2:], b[2:], n-1):
 		return true
