@@ -49,7 +49,7 @@ func TestLikelyMistakes(t *testing.T) {
 	}{
 		"no variable set":         {vars{}, cli.Usage, []string{"DATABASE_URL: not set", "postgres://user:password@host"}},
 		"wrong password":          {fast(strings.Replace(tlsDSN, "p%40ss", "nope", 1), channel), cli.Failed, []string{"password authentication failed", "password in DATABASE_URL is wrong"}},
-		"unknown parameter":       {fast(testkit.DSN(t)+"&connection_limit=5", channel), cli.Failed, []string{"connection_limit", "DATABASE_URL has a parameter that the server does not know"}},
+		"unknown parameter":       {fast(testkit.DSN(t)+"&connection_limit=5", channel), cli.Failed, []string{"connection_limit", "parameter in DATABASE_URL, the server does not know it"}},
 		"wrong database":          {fast(strings.Replace(testkit.DSN(t), "/postgres?", "/nowhere?", 1), channel), cli.Failed, []string{"nowhere", "check the database name"}},
 		"wrong port":              {fast("postgres://postgres@"+testkit.FreshAddress(t)+"/postgres?sslmode=disable", channel), runs, []string{"connection attempt failed", "refused", "check host and port"}},
 		"TLS required":            {fast(strings.Replace(withTLS.DSN(), "postgres@", "app@", 1), channel), cli.Failed, []string{"no encryption", "sslmode"}},

@@ -31,12 +31,11 @@ const loopBound = 10 * time.Second
 func (l *Listener) publish() {
 	s := &l.status
 	s.State, s.Probe, s.turnedAt = l.account.State, l.probe.Status(), time.Now()
-	was := s.heldBy
+	if s.heldBy == "" {
+		s.heldSince = s.turnedAt
+	}
 	if s.heldBy = ""; l.held != nil {
 		s.heldBy, s.heldUntil = l.heldBy.Channel(), s.turnedAt
-	}
-	if was == "" {
-		s.heldSince = s.turnedAt
 	}
 	published := *s
 	l.published.Store(&published)

@@ -69,7 +69,6 @@ func TestSettingsOfAChannel(t *testing.T) {
 	}
 }
 
-// Each bad value is reported once, under the name it was given.
 // TestValuesFromFiles: the end of the line that an editor adds, also one of Windows, is no part of the value; anything else is.
 func TestValuesFromFiles(t *testing.T) {
 	for text, want := range map[string]string{
@@ -86,6 +85,7 @@ func TestValuesFromFiles(t *testing.T) {
 	}
 }
 
+// Each bad value is reported once, under the name it was given.
 func TestBadValuesAreReportedOnce(t *testing.T) {
 	e := environ{"CONCURRENCY": "many", "HANDLER_TIMEOUT": "10", "WEBHOOK_SECRET": "malformed hunter2",
 		"A_CONCURRENCY": "101", "A_OVERFLOW": "lose", "B_HANDLER_TIMEOUT": "-1s", "B_WEBHOOK_SECRET": "malformed hunter2", "B_CONCURRENCY": "x"}

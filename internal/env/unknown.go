@@ -49,10 +49,8 @@ func names(target any, prefix string) (all []string) {
 // nearest is the one of words that s is most likely to be a misspelling of, or "".
 func nearest(s string, words []string) string {
 	for wrong := 1; len(s) >= 4 && wrong <= 1+len(s)/12; wrong++ { // so many letters may be
-		for _, w := range words {
-			if w != s && within(s, w, wrong) {
-				return w
-			}
+		if i := slices.IndexFunc(words, func(w string) bool { return w != s && within(s, w, wrong) }); i >= 0 {
+			return words[i]
 		}
 	}
 	return ""

@@ -4,6 +4,7 @@ package outbox
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"strings"
@@ -154,7 +155,15 @@ func TestLockedTableCollectsNoSessions(t *testing.T) {
 	if err := r.Ready(); err == nil || !strings.Contains(err.Error(), "locked the table") {
 		t.Errorf("%v", err)
 	}
-	// Nor does one that begins where the last one ended.
+	// What the probe's connection finds is told in words, too.
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	_, err := testkit.DB(t).ExecContext(ctx, r.Verify())
+	r.Verified(err)
+	if err := r.Ready(); err == nil || !strings.Contains(err.Error(), "PING_TIMEOUT had passed, as when somebody has locked the table") {
+		t.Errorf("%v", err)
+	}
+	// A claim that begins where the last one ended does not wait for long either.
 	if _, err := r.store.claim(1, place{runAt: time.Now()}); pq.As(err, pqerror.LockNotAvailable) == nil {
 		t.Errorf("%v", err)
 	}
@@ -230,30 +239,34 @@ func TestRowInBackoffIsNotLateness(t *testing.T) {
 	}
 }
 
-// TestFiguresHoldUpNobody: the figures may wait for the server, and Ready, which the select loop calls, must not wait for them.
+// TestFiguresHoldUpNobody: neither the figures nor Ready, which the select loop calls, wait for the server.
 func TestFiguresHoldUpNobody(t *testing.T) {
 	t.Parallel()
 	r := run(t, config{table: outboxTable(t, testkit.DB(t))}, &seen{})
-	r.pool.mu.Lock() // as while a holder is looked for
-	var asked atomic.Bool
-	told := make(chan struct{})
-	go func() { asked.Store(true); r.Stats(); close(told) }()
-	testkit.Eventually(t, "not asked", asked.Load)
-	answered := make(chan struct{})
-	go func() {
-		defer close(answered)
-		for until := time.Now().Add(200 * time.Millisecond); time.Now().Before(until); time.Sleep(time.Millisecond) {
-			_ = r.Ready()
+	var conns []*sql.Conn
+	for range 2 { // all that there are, so that whoever asks the server waits for one
+		c, err := r.store.db.Conn(t.Context())
+		if err != nil {
+			t.Fatal(err)
 		}
-	}()
-	select {
-	case <-answered:
-	case <-time.After(5 * time.Second):
-		t.Error("Ready waits for the figures")
+		conns = append(conns, c)
 	}
-	r.pool.mu.Unlock()
-	<-told
-	<-answered
+	asked := make(chan error)
+	go func() { _, err := r.pool.findHolder(r.store, r.log); asked <- err }()
+	testkit.Eventually(t, "the server is not asked", func() bool { return r.store.db.Stats().WaitCount > 0 })
+	told := make(chan struct{})
+	go func() { r.Stats(); _ = r.Ready(); close(told) }()
+	select {
+	case <-told:
+	case <-time.After(testkit.Patience):
+		t.Error("the figures wait for the server")
+	}
+	for _, c := range conns {
+		c.Close()
+	}
+	if err := <-asked; err != nil {
+		t.Error(err)
+	}
 }
 
 // TestErrorThatTheDatabaseCannotHold: it is written all the same, in other characters.

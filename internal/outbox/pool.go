@@ -21,9 +21,11 @@ type Pool struct {
 	channels []string // of the users, once each
 	looked   time.Time
 	unknown  map[string]int // channels that nobody here handles, with their rows
-	asked    time.Time      // when findHolder last asked
-	snapshot string         // the oldest then
-	held     bool           // it was the oldest at the time before, too
+
+	asking   sync.Mutex // guards what follows, also while the server is asked
+	asked    time.Time  // when findHolder last asked
+	snapshot string     // the oldest then
+	held     bool       // it was the oldest at the time before, too
 }
 
 // acquire returns the connections. timeout bounds every answer of the server.
@@ -85,8 +87,8 @@ func (p *Pool) lookForStrangers(s store, log *slog.Logger) error {
 // findHolder says whether somebody holds a snapshot for long, so that dead rows cannot be removed, and names a new holder in the
 // log. It asks the server every five seconds at most, and believes what it has been told twice.
 func (p *Pool) findHolder(s store, log *slog.Logger) (held bool, err error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.asking.Lock()
+	defer p.asking.Unlock()
 	if time.Since(p.asked) < 5*time.Second {
 		return p.held, nil
 	}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/pglistener/pglistener/internal/call"
 	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgconn"
 )
 
 // counts are for the metrics.
@@ -74,7 +75,7 @@ func (o *Outbox) drained(locked bool) {
 
 // Stats implements notify.Meter: its own figures and the handler's.
 func (o *Outbox) Stats() []notify.Stat {
-	more := o.pool.stats(o.channel) // this may wait for the server, and so o.mu is not held
+	more := o.pool.stats(o.channel)
 	if m, ok := o.handler.(notify.Meter); ok {
 		more = append(more, m.Stats()...)
 	}
@@ -160,7 +161,7 @@ func (o *Outbox) Verify() string { return o.store.table.sql(verifySQL) }
 
 // Verified implements notify.Verifier.
 func (o *Outbox) Verified(err error) {
-	o.readable(err, "")
+	o.readable(err, pgconn.Advice(err))
 	o.mu.Lock()
 	c := &o.counts
 	stale := c.due+c.delayed+c.failed > 0 // an alert may hang on rows that another replica or a person has ended

@@ -184,20 +184,19 @@ func (o *Outbox) finish(results []result) (rest []result, err error) {
 		}
 	}
 	for attempts, group := range simple {
-		n, e := o.store.complete(group, attempts)
-		if pq.As(e, pqerror.LockNotAvailable) != nil { // end passes over what is locked
-			others = append(others, group...)
-			continue
-		} else if e != nil {
+		switch n, e := o.store.complete(group, attempts); {
+		case pq.As(e, pqerror.LockNotAvailable) != nil:
+			others = append(others, group...) // end passes over what is locked
+		case e != nil:
 			rest, err = append(rest, group...), e
-			continue
+		default:
+			o.mu.Lock()
+			for _, r := range group[:n] {
+				o.tally(r, ending{})
+			}
+			o.lose(group[n:])
+			o.mu.Unlock()
 		}
-		o.mu.Lock()
-		for _, r := range group[:n] {
-			o.tally(r, ending{})
-		}
-		o.lose(group[n:])
-		o.mu.Unlock()
 	}
 	if len(others) > 0 {
 		if e := o.end(others); e != nil {

@@ -492,6 +492,9 @@ func TestLastHourAndSinceWhen(t *testing.T) {
 		if a, b, c := since(); a > deaf+lookInterval || b < deaf+2*time.Minute || c < deaf+time.Minute || c > b {
 			t.Errorf("not ready since %v, hears since %v, late since %v", a-deaf, b-deaf, c-deaf)
 		}
+		_, headline, _ := strings.Cut(words(page(t, r)), "the work of orders is not done.")
+		headline, _, _ = strings.Cut(headline, "what is wrong")
+		expect(t, headline, "Since "+r.view.Channels[0].Work.Since.UTC().Format("15:04:05 UTC"))
 
 		// A gap is shown for a day.
 		log.Warn("reconnected", "gap_from", time.Now().Add(-time.Minute), "gap_to", time.Now())
@@ -522,7 +525,7 @@ func TestLastHourAndSinceWhen(t *testing.T) {
 		page(t, r)
 		time.Sleep(time.Minute)
 		text := words(page(t, r))
-		headline, _, _ := strings.Cut(text[strings.Index(text, "It does not hear."):], "What")
+		headline, _, _ = strings.Cut(text[strings.Index(text, "It does not hear."):], "What")
 		expect(t, headline, "Since ", "(1 min ago)")
 	})
 }

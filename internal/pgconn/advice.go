@@ -42,7 +42,9 @@ func advise(err error) help {
 		case pqerror.InvalidCatalogName: // 3D000
 			return help{"check the database name at the end of DATABASE_URL", false}
 		case pqerror.UndefinedObject: // 42704
-			return help{"DATABASE_URL has a parameter that the server does not know", false}
+			return help{"if this is a parameter in DATABASE_URL, the server does not know it: take it out", false}
+		case pqerror.QueryCanceled: // 57014
+			return help{"unless a person did so, it was because PING_TIMEOUT had passed, as when somebody has locked the table", true}
 		case pqerror.ReadOnlySQLTransaction: // 25006
 			return help{"the server is a standby, where LISTEN is not possible; waiting until it is promoted", true}
 		case pqerror.TooManyConnections: // 53300

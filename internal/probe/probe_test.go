@@ -250,28 +250,22 @@ func TestLostOnceReconnects(t *testing.T) {
 
 // TestDeafFrom: on a subscription that has proven nothing, delivery was sure until it began, whatever an earlier one has proven.
 func TestDeafFrom(t *testing.T) {
-	run(t, "the first one", func(o *owner) {
-		time.Sleep(time.Hour)
-		subscribedAt := time.Now()
-		o.subscribe()
-		o.send(0)
-		o.due(timeout)
-		if _, from := o.Deaf(); !from.Equal(subscribedAt) {
-			t.Errorf("deaf from %v, subscribed at %v", from, subscribedAt)
-		}
-	})
-	run(t, "a later one", func(o *owner) {
-		o.proven()
-		o.Unsubscribed()
-		time.Sleep(time.Hour)
-		subscribedAt := time.Now()
-		o.subscribe()
-		o.send(0)
-		o.due(timeout)
-		if _, from := o.Deaf(); !from.Equal(subscribedAt) {
-			t.Errorf("deaf from %v, subscribed at %v", from, subscribedAt)
-		}
-	})
+	for name, before := range map[string]func(*owner){
+		"the first one": func(*owner) {},
+		"a later one":   func(o *owner) { o.proven(); o.Unsubscribed() },
+	} {
+		run(t, name, func(o *owner) {
+			before(o)
+			time.Sleep(time.Hour)
+			subscribedAt := time.Now()
+			o.subscribe()
+			o.send(0)
+			o.due(timeout)
+			if _, from := o.Deaf(); !from.Equal(subscribedAt) {
+				t.Errorf("deaf from %v, subscribed at %v", from, subscribedAt)
+			}
+		})
+	}
 }
 
 func TestLateIsNotLost(t *testing.T) {

@@ -23,7 +23,8 @@ func (q *Queue) pause(n notify.Notification, err error) (paused bool) {
 	return opened || wasOpen
 }
 
-// awaitReceiver waits until it is time for the next try of a paused channel, or returns false: the listener stops. q.mu is held, but not while it waits.
+// awaitReceiver waits until it is time for the next try of a paused channel, or returns false: the listener stops.
+// q.mu is held, but not while it waits.
 func (q *Queue) awaitReceiver() bool {
 	_, cause := q.breaker.Since()
 	wait := max(q.breaker.Try(time.Now(), 0), min(notify.RetryDelay(cause), time.Minute))
