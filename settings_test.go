@@ -154,7 +154,8 @@ func TestSchedulesThatCannotWork(t *testing.T) {
 	t.Parallel()
 	for want, v := range map[string]vars{
 		`CHANNELS: channel "a": a plain channel has no schedule`: {"CHANNELS": "a", "A_SCHEDULE": "@daily"},
-		"A_SCHEDULE: ": {"CHANNELS": "a=doorbell:log", "A_SCHEDULE": "0 25 * * *"},
+		"A_SCHEDULE: ":               {"CHANNELS": "a=doorbell:log", "A_SCHEDULE": "0 25 * * *"},
+		"A_SCHEDULE: it never comes": {"CHANNELS": "a=doorbell:log", "A_SCHEDULE": "0 3 31 6 *"},
 	} {
 		v["DATABASE_URL"] = "postgres://localhost/x"
 		if out := problemsOf(t, v); !strings.Contains(out, want) || strings.Count(out, "\n") != 1 {

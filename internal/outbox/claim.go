@@ -172,9 +172,7 @@ func (o *Outbox) push(jobs []job) {
 		o.workers++
 		o.hire()
 	}
-	if len(jobs) == 1 {
+	for range jobs {
 		o.ready.Signal()
-	} else {
-		o.ready.Broadcast()
 	}
 }

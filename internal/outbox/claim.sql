@@ -8,7 +8,8 @@ with due as materialized (
 	order by run_at, id limit $2
 	for update skip locked),
 summed as (select place, sum(size) over (rows unbounded preceding) - size as before from due)
-update {table} o set attempts = attempts + 1, lease = $4, leased_until = now() + $3 * interval '1 second'
+update {table} o set lease = $4, leased_until = now() + $3 * interval '1 second',
+	attempts = attempts + case when schedule is not null and attempts = 0 and lease is not null then 0 else 1 end -- its first time is yet to be found
 from summed where o.ctid = summed.place and summed.before < $7
 returning o.id, coalesce(o.event_id::text, o.id::text), o.payload, o.attempts, coalesce(o.schedule, ''), o.key is not null,
 	o.xmin::text, o.leased_until::text, extract(epoch from o.run_at)::float8, extract(epoch from coalesce(o.due_at, o.run_at))::float8,

@@ -6,7 +6,7 @@ with r as materialized (
 		as r (id, attempts, was, until, wait, next, failed, text)),
 held as materialized (
 	select o.ctid as place, o.id, o.xmin::text <> r.was as changed,
-		o.lease = $5 and o.leased_until = r.until and (o.attempts = r.attempts or o.attempts = -1) as ours
+		coalesce(o.lease = $5 and o.leased_until = r.until, false) and (o.attempts = r.attempts or o.attempts = -1) as ours
 	from {table} o join r on o.id = r.id
 	for update of o skip locked),
 {copied}

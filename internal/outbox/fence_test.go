@@ -67,10 +67,21 @@ func TestFenceSeesEveryClaim(t *testing.T) {
 		t.Fatal(err)
 	}
 	third := claim()
+	testkit.Exec(t, db, names.sql("update {table} set leased_until = now()"))
+	if err := s.giveBack([]job{claim()}); err != nil {
+		t.Fatal(err)
+	}
+	end(ending{job: third}, lost) // nobody has it, so it is not locked either
+	third = claim()
 	end(ending{job: third}, ended)
 
 	testkit.Exec(t, db, names.sql("insert into {table} (channel, schedule, attempts) values ($1, '@every 1s', 0)"), channel)
-	_ = claim() // at attempts -1, which the trigger sets: its first time is to be found
+	for range 2 { // at attempts -1, which the trigger sets: its first time is to be found, also when that was lost
+		if first := claim(); first.attempts != 0 {
+			t.Fatalf("attempts are %d: its first time is that of its insertion", first.attempts)
+		}
+		testkit.Exec(t, db, names.sql("update {table} set leased_until = now()"))
+	}
 	testkit.Exec(t, db, names.sql("update {table} set lease = null, leased_until = null, attempts = 0"))
 	run := claim()
 	end(ending{job: run, runAt: time.Now().Add(-time.Second)}, ended)

@@ -317,17 +317,103 @@ func TestOnlyATryIsATry(t *testing.T) {
 	if tries > 2 || wait > 4*time.Second { // the next try may have been made by now
 		t.Errorf("after %d calls that were under way %d count as tries, and the next one is in %v", total, tries, wait)
 	}
-	// Two rows that were claimed when it was not yet paused.
+}
+
+// TestRowsClaimedBeforeAPauseAreGivenBack without a call.
+func TestRowsClaimedBeforeAPauseAreGivenBack(t *testing.T) {
+	t.Parallel()
+	var calls atomic.Int64
+	r := run(t, config{table: outboxTable(t, testkit.DB(t))}, notify.HandlerFunc(func(context.Context, notify.Notification) error { calls.Add(1); return nil }))
+	testkit.Eventually(t, "never counted", func() bool { r.mu.Lock(); defer r.mu.Unlock(); return !r.counts.counted.IsZero() })
 	r.mu.Lock()
-	for range 6 { // so that no try is made meanwhile
-		r.breaker.Fail("x", errors.New("refused"), time.Now())
+	for i := range 6 {
+		r.breaker.Fail(fmt.Sprint(i), errors.New("refused"), time.Now())
+	}
+	if !r.breaker.Open() {
+		t.Error("not paused")
 	}
 	r.mu.Unlock()
-	testkit.Eventually(t, "a try is under way", func() bool { return r.runs() == 0 })
-	before, back := calls.Load(), stat(r, "pglistener_items_total", "given_back")
 	r.push([]job{{id: -1, until: "now", claimed: time.Now()}, {id: -2, until: "now", claimed: time.Now()}})
-	testkit.Eventually(t, "they are not given back", func() bool { return stat(r, "pglistener_items_total", "given_back") == back+2 })
-	if n := calls.Load(); n != before {
-		t.Errorf("%d calls although the channel is paused and it is no try", n-before)
+	testkit.Eventually(t, "they are not given back", func() bool { return stat(r, "pglistener_items_total", "given_back") == 2 })
+	if n := calls.Load(); n != 0 {
+		t.Errorf("%d calls although the channel is paused and they are no tries", n)
 	}
+}
+
+// TestSlowLinkEndsNoStatement: the time limit is for locks; rows that take long on their way may.
+func TestSlowLinkEndsNoStatement(t *testing.T) {
+	t.Parallel()
+	names, err := parseTable("outbox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, s := 0, store{db: testkit.DB(t), table: names, timeout: 300 * time.Millisecond}
+	err = s.query("select repeat('x', 1000000) from generate_series(1, 20)", func(rows *sql.Rows) error {
+		if n++; n == 1 {
+			time.Sleep(2 * s.timeout) // as a slow link does
+		}
+		return nil
+	})
+	if err != nil || n != 20 {
+		t.Errorf("%d rows, %v", n, err)
+	}
+}
+
+// TestServerEndsAnAbandonedClaim: of a claim in a transaction whose listener has fallen silent nothing stays locked.
+func TestServerEndsAnAbandonedClaim(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	insert(t, testkit.DB(t), tab, channel, "x")
+	names, err := parseTable(tab)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := store{db: testkit.Open(t, testkit.DSN(t)), table: names, timeout: 500 * time.Millisecond}
+	err = s.transact(false, steer, `select id from {table} for update`, nil, func(*sql.Rows) error {
+		if _, err := testkit.DB(t).Exec(`select from "` + tab + `" for update nowait`); pq.As(err, pqerror.LockNotAvailable) == nil {
+			t.Errorf("it is not locked: %v", err)
+		}
+		testkit.Eventually(t, "the row stays locked", func() bool {
+			_, err := testkit.DB(t).Exec(`select from "` + tab + `" for update nowait`)
+			return err == nil
+		})
+		return nil
+	})
+	if err == nil {
+		t.Error("committed")
+	}
+}
+
+// TestFailureWithoutAText is one all the same.
+func TestFailureWithoutAText(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	texts := map[string]string{"a": "", "b": "\x00"}
+	r := run(t, config{table: tab, channel: channel}, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error { return errors.New(texts[n.Payload]) }))
+	for payload := range texts {
+		insert(t, testkit.DB(t), tab, channel, payload)
+	}
+	testkit.Eventually(t, "not given up", func() bool { return stat(r, "pglistener_items_total", "failed") == 2 })
+	var told int
+	if err := testkit.DB(t).QueryRow(`select count(*) from "` + tab + `" where failed_at is not null and last_error <> ''`).Scan(&told); err != nil || told != 2 {
+		t.Errorf("%d rows say that they have failed: %v", told, err)
+	}
+}
+
+// TestSlowCountLetsClaimsHaveATurn: what it takes is known also when it was given up.
+func TestSlowCountLetsClaimsHaveATurn(t *testing.T) {
+	t.Parallel()
+	r := &Outbox{store: store{db: testkit.DB(t), timeout: 200 * time.Millisecond}}
+	var err error
+	if r.store.table, err = parseTable(outboxTable(t, testkit.DB(t))); err != nil {
+		t.Fatal(err)
+	}
+	unlock := lock(t, r.store.table.name, "")
+	if _, err := r.count(true); err == nil {
+		t.Fatal("counted although the table is locked")
+	}
+	if next, err := r.count(true); err != nil || next < 100*r.store.timeout/2 {
+		t.Errorf("the next one is in %v: %v", next, err)
+	}
+	unlock()
 }

@@ -20,7 +20,8 @@ type Pool struct {
 	db       *sql.DB
 	channels []string // of the users, once each
 	looked   time.Time
-	unknown  map[string]int // channels that nobody here handles, with their rows
+	unknown  map[string]int // channels that nobody here handles, with their rows,
+	sum      int            // which are so many
 
 	asking   sync.Mutex // guards what follows, also while the server is asked
 	asked    time.Time  // when findHolder last asked
@@ -37,8 +38,7 @@ func (p *Pool) acquire(channel, dsn string, timeout time.Duration) (*sql.DB, err
 		if err != nil {
 			return nil, err
 		}
-		db.SetMaxOpenConns(2)
-		db.SetMaxIdleConns(2)
+		db.SetMaxOpenConns(2) // and as many idle, which is the default
 		db.SetConnMaxIdleTime(time.Minute)
 		p.db = db
 	}
@@ -74,7 +74,9 @@ func (p *Pool) lookForStrangers(s store, log *slog.Logger) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.sum = 0
 	for channel, n := range found {
+		p.sum += n
 		if p.unknown[channel] == 0 {
 			log.Warn("rows have been due for minutes on a channel that this listener does not handle: add it to CHANNELS, or correct the channel of the rows",
 				"unhandled", channel, "rows", n)
@@ -111,10 +113,6 @@ func (p *Pool) stats(channel string) []notify.Stat {
 	if len(p.channels) == 0 || p.channels[0] != channel {
 		return nil
 	}
-	sum := 0
-	for _, n := range p.unknown {
-		sum += n
-	}
-	return []notify.Stat{{Name: "pglistener_outbox_unhandled_rows", Kind: "gauge", Value: float64(sum),
+	return []notify.Stat{{Name: "pglistener_outbox_unhandled_rows", Kind: "gauge", Value: float64(p.sum),
 		Help: "Rows that have been due for minutes on channels that this listener does not handle, up to a thousand each."}}
 }

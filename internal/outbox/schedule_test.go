@@ -431,3 +431,23 @@ func TestOldClaimsAndNewOnesLoseNothing(t *testing.T) {
 	}
 	_ = r
 }
+
+// TestLockedScheduleHoldsUpNoClaim: that the row of NAME_SCHEDULE is there can be seen without its lock.
+func TestLockedScheduleHoldsUpNoClaim(t *testing.T) {
+	t.Parallel()
+	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
+	next := func(string, time.Time, time.Time) (time.Time, error) { return time.Now().Add(time.Hour), nil }
+	r := run(t, config{table: tab, channel: channel, schedule: "@hourly", next: next}, s)
+	testkit.Eventually(t, "its first time is not found", func() bool {
+		var n int
+		return testkit.DB(t).QueryRow(`select count(*) from "`+tab+`" where run_at > now()`).Scan(&n) == nil && n == 1
+	})
+	r.stop()
+	lock(t, tab, "key is not null")
+	insert(t, testkit.DB(t), tab, channel, "x")
+	again := run(t, config{table: tab, channel: channel, schedule: "@hourly", next: next}, s)
+	testkit.Eventually(t, "the locked row holds up the other", func() bool { return len(s.payloads()) == 1 })
+	if err := again.Ready(); err != nil {
+		t.Error(err)
+	}
+}

@@ -47,15 +47,16 @@ func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 	}
 	began := time.Now()
 	rows, alive, err := o.store.count(retrying)
-	if err != nil {
-		return 0, err
-	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	// One that has failed is not repeated at once either: it may take longer than the server may, and claims would hardly have a turn.
+	if c.counted, c.took, c.changed = time.Now(), time.Since(began), err != nil; err != nil {
+		return 0, err
+	}
 	if rows.due > 0 {
 		o.begins()
 	}
-	c.rowCounts, c.counted, c.took, c.changed = rows, time.Now(), time.Since(began), false
+	c.rowCounts = rows
 	maps.DeleteFunc(o.health.retrying, func(id int64, _ time.Time) bool { // another replica, or a person, may have ended it
 		return slices.Contains(retrying, id) && !slices.Contains(alive, id)
 	})
@@ -163,9 +164,8 @@ func (o *Outbox) Verify() string { return o.store.table.sql(verifySQL) }
 func (o *Outbox) Verified(err error) {
 	o.readable(err, pgconn.Advice(err))
 	o.mu.Lock()
-	c := &o.counts
-	stale := c.due+c.delayed+c.failed > 0 // an alert may hang on rows that another replica or a person has ended
-	c.changed = c.changed || stale
+	stale := o.counts.due+o.counts.delayed+o.counts.failed > 0 // an alert may hang on rows that another replica or a person has ended
+	o.counts.changed = o.counts.changed || stale
 	o.mu.Unlock()
 	if err != nil || stale {
 		o.poke() // the claimer tells the log, and finds out when it is mended

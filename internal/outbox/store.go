@@ -115,11 +115,13 @@ func (s store) query(query string, each func(*sql.Rows) error, args ...any) erro
 		return err
 	}
 	defer c.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), s.timeout)
+	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
+	timer := time.AfterFunc(s.timeout, cancel)
 	rows, err := c.QueryContext(ctx, s.table.sql(query), args...)
+	timer.Stop() // the first row is here: no lock is waited for, and the others may take long on a slow link
 	if err = forEach(rows, err, each); err != nil && ctx.Err() != nil {
-		return fmt.Errorf("no answer within %v, as when somebody has locked the table: %w", s.timeout, ctx.Err())
+		return fmt.Errorf("no answer within %v, as when somebody has locked the table: %w", s.timeout, context.DeadlineExceeded)
 	}
 	return err
 }
@@ -133,7 +135,8 @@ func (s store) transact(readOnly bool, settings, query string, args []any, each 
 		return err
 	}
 	defer func() { _ = tx.Rollback() }() // of what is not committed
-	if _, err = tx.Exec(settings); err != nil {
+	// A server that is not told of our end would hold the rows for hours.
+	if _, err = tx.Exec(fmt.Sprint(settings, "; set local idle_in_transaction_session_timeout = ", 2*s.timeout.Milliseconds())); err != nil {
 		return err
 	}
 	rows, err := tx.Query(s.table.sql(query), args...)
@@ -233,8 +236,9 @@ func (s store) keepSchedule(key, schedule string) error {
 	if schedule == "" {
 		return s.exec(`delete from {table} where channel = $1 and key = $2 and failed_at is null`, s.channel, key)
 	}
-	return s.exec(`insert into {table} as o (channel, key, schedule) values ($1, $2, $3)
-		on conflict (channel, key) where failed_at is null
+	// A conflict alone would wait for whoever has locked the row.
+	return s.exec(`insert into {table} as o (channel, key, schedule) select $1, $2, $3 where not exists (select from {table}
+		where channel = $1 and key = $2 and schedule = $3 and failed_at is null) on conflict (channel, key) where failed_at is null
 		do update set schedule = excluded.schedule where o.schedule is distinct from excluded.schedule`, s.channel, key, schedule)
 }
 

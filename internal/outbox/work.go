@@ -1,6 +1,7 @@
 package outbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -249,7 +250,8 @@ func (o *Outbox) end(results []result) error {
 func (o *Outbox) endingOf(r result, now time.Time) ending {
 	e := ending{job: r.job}
 	if r.err != nil {
-		e.text = notify.Cut(strings.ToValidUTF8(strings.ReplaceAll(r.err.Error(), "\x00", ""), "?"), 2000)
+		// "" would be success.
+		e.text = notify.Cut(cmp.Or(strings.ToValidUTF8(strings.ReplaceAll(r.err.Error(), "\x00", ""), "?"), "it failed without a text"), 2000)
 		e.failed = notify.IsPermanent(r.err) || r.attempts >= o.options.Attempts
 		e.wait = min(max(o.retry.After(r.attempts), notify.RetryDelay(r.err)), time.Hour)
 	}
@@ -259,9 +261,6 @@ func (o *Outbox) endingOf(r result, now time.Time) ending {
 	err := errors.New("this listener was built without schedules")
 	if o.options.Next != nil {
 		e.runAt, err = o.options.Next(r.schedule, r.due, now)
-	}
-	if err == nil && e.runAt.IsZero() {
-		err = errors.New("it never comes")
 	}
 	if err != nil {
 		e.runAt, e.failed, e.text = time.Time{}, true, notify.Cut(fmt.Sprintf("schedule %q: %v", r.schedule, err), 2000)

@@ -1,6 +1,7 @@
 package schedule
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -14,7 +15,7 @@ type Settings struct {
 
 // Validate returns why the schedule cannot be read.
 func (s Settings) Validate() []error {
-	if _, err := Parse(s.Text, zone()); s.Text != "" && err != nil {
+	if _, err := Next(s.Text, time.Time{}, time.Now()); s.Text != "" && err != nil {
 		return []error{fmt.Errorf("SCHEDULE: %w", err)}
 	}
 	return nil
@@ -60,11 +61,15 @@ func (c *Clock) Due() (nominal time.Time, due bool) {
 	return nominal, true
 }
 
-// Next returns the next time after now of a schedule in the default zone; nominal is that of the run before. The zero time means
-// never.
+// Next returns the next time after now of a schedule in the default zone; nominal is that of the run before. That it never comes is an
+// error.
 func Next(text string, nominal, now time.Time) (time.Time, error) {
 	s, err := Parse(text, zone())
-	return s.Next(nominal, now), err
+	next := s.Next(nominal, now)
+	if err == nil && next.IsZero() {
+		err = errors.New("it never comes")
+	}
+	return next, err
 }
 
 // zone is what schedules without one are in: TZ, else UTC.
