@@ -24,10 +24,12 @@ import (
 
 // The tests of rows with a schedule or a key.
 
-// next is the Next that the program has.
+// next is the Next that the program has, in UTC whatever TZ is.
 func next(text string, nominal, now time.Time) (time.Time, error) {
-	s, err := schedule.Parse(text, time.UTC)
-	return s.Next(nominal, now), err
+	if !strings.HasPrefix(text, "CRON_TZ=") {
+		text = "CRON_TZ=UTC " + text
+	}
+	return schedule.Next(text, nominal, now)
 }
 
 // runScheduled is run with schedules.

@@ -32,7 +32,7 @@ type Source struct {
 	Hears    func() error // why a notification that is sent now might not be heard, or nil
 	Stats    func() []notify.Stat
 	Channels []Channel
-	Next     func(schedule string, last, now time.Time) (time.Time, error) // when a schedule comes next; zero: never
+	Next     func(schedule string, last, now time.Time) (time.Time, error) // when a schedule comes next
 }
 
 // Channel is one of them.
