@@ -170,6 +170,7 @@ func TestScheduleThatCannotBeReadFailsItsRow(t *testing.T) {
 			return err == nil && n == 1
 		})
 	}
+	r.Wait(t, "gave up", 3)
 	if n := len(r.All("gave up")); n != 3 {
 		t.Errorf("%d of three in the log", n)
 	}
