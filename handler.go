@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"os"
 
 	"github.com/pglistener/pglistener/internal/logs"
@@ -45,7 +46,7 @@ func newLog(_ string, s Setup) (notify.Handler, error) {
 // It is called once here, at the start, where a wrong arg is best found. The function that it returns runs for each notification,
 // one at a time and in order unless CONCURRENCY is more than 1. It is called again, with the same id, after an error (a full
 // disk, say), and from the outbox also after a kill in the middle of a line. Whoever reads the journal therefore takes the id for
-// the key, and skips a line that is not JSON: it comes again.
+// the key, and skips a line that is not JSON: it comes again, on a line of its own.
 func newAppend(arg string, _ Setup) (notify.Handler, error) {
 	if arg == "" {
 		return nil, errors.New("append needs a file: append:FILE")
@@ -62,6 +63,15 @@ func newAppend(arg string, _ Setup) (notify.Handler, error) {
 		f, err := open() // each time, so that logrotate may move it away
 		if err != nil {
 			return err
+		}
+		if end, _ := f.Seek(0, io.SeekEnd); end > 0 { // else it is empty, or a pipe
+			if r, err := os.Open(arg); err == nil {
+				defer r.Close()
+				last := make([]byte, 1)
+				if _, err := r.ReadAt(last, end-1); err == nil && last[0] != '\n' { // the last line was cut short
+					line = append([]byte{'\n'}, line...)
+				}
+			}
 		}
 		_, err = f.Write(append(line, '\n'))
 		return errors.Join(err, f.Close())

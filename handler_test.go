@@ -54,3 +54,26 @@ func TestAppend(t *testing.T) {
 		t.Error("a file that cannot be written is accepted")
 	}
 }
+
+// TestAppendAfterATornLine: what a full disk or a kill has cut short does not spoil the line after it.
+func TestAppendAfterATornLine(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "journal")
+	const torn = `{"channel":"orders","id":"1","payl`
+	if err := os.WriteFile(path, []byte(torn), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h, err := newAppend(path, Setup{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := h.Handle(t.Context(), notify.Notification{Channel: "orders", Attempt: 1, Serial: 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lines := strings.Split(testkit.ReadFile(t, path), "\n")
+	if len(lines) != 4 || lines[0] != torn || !json.Valid([]byte(lines[1])) || lines[1] != lines[2] || lines[3] != "" {
+		t.Errorf("the journal has %q", lines)
+	}
+}

@@ -313,10 +313,9 @@ func Variables(target any) (all []Variable) {
 }
 
 func variableOf(target any, name string) (Variable, bool) {
-	for _, v := range Variables(target) {
-		if v.Name == name {
-			return v, true
-		}
+	all := Variables(target)
+	if i := slices.IndexFunc(all, func(v Variable) bool { return v.Name == name }); i >= 0 {
+		return all[i], true
 	}
 	return Variable{}, false
 }

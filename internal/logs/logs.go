@@ -22,11 +22,13 @@ func New(s Settings, w io.Writer) *slog.Logger { return slog.New(newHandler(s, w
 // Open makes the program's logger and the Writer through which it writes to out. Logging is synchronous while out takes lines,
 // and drops them while out blocks, as Writer.Write says; the line that tells how many is written at every LOG_LEVEL.
 func Open(s Settings, out io.Writer) (*slog.Logger, *Writer) {
-	w := newWriter(out, func(n uint64) []byte {
+	w := &Writer{out: out, ended: make(chan struct{}), report: func(n uint64) []byte {
 		var line bytes.Buffer
 		New(Settings{Format: s.Format}, &line).Warn("log lines were dropped because stderr was not read", "dropped", n)
 		return line.Bytes()
-	})
+	}}
+	w.more.L = &w.mu
+	go w.run() // which Close ends
 	f := &formatter{lock: make(chan struct{}, 1)}
 	return slog.New(&handler{newHandler(s, f), f, w}), w
 }

@@ -52,14 +52,6 @@ type line struct {
 	done  chan error // has room for the one result
 }
 
-// newWriter starts a goroutine, which Close ends.
-func newWriter(out io.Writer, report func(n uint64) []byte) *Writer {
-	w := &Writer{out: out, report: report, ended: make(chan struct{})}
-	w.more.L = &w.mu
-	go w.run()
-	return w
-}
-
 // Write writes p, which is one whole line. It returns when the line has been written, or after 100 ms at the latest. Once a line
 // has waited that long in vain, out counts as stuck until all such lines have been written, and Write returns at once: it keeps
 // 64 kB of lines, and drops and counts what comes after them. When out takes lines again, it gets the kept ones in order, one

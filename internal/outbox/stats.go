@@ -49,8 +49,8 @@ func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 	rows, alive, err := o.store.count(retrying)
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	// One that has failed is not repeated at once either: it may take longer than the server may, and claims would hardly have a turn.
 	if c.counted, c.took, c.changed = time.Now(), time.Since(began), err != nil; err != nil {
+		c.took /= 10 // of a count that takes longer than a statement may, so that claims have nine tenths of the time
 		return 0, err
 	}
 	if rows.due > 0 {
@@ -91,12 +91,11 @@ func (o *Outbox) Stats() []notify.Stat {
 	if oldest := o.oldest(); !oldest.IsZero() {
 		age.Value = max(0, time.Since(oldest).Seconds())
 	}
-	held := notify.Flag("pglistener_outbox_vacuum_held_back",
-		"1 while claims are slow because somebody holds a snapshot that keeps dead rows from being removed.", c.heldBack)
 	stats := []notify.Stat{
 		call.Item("done", c.done), call.Item("failed", c.gaveUp), call.Item("given_back", c.givenBack), call.Item("lease_lost", c.leaseLost),
 		rows("due", c.due), rows("delayed", c.delayed), rows("failed", c.failed),
-		age, held, call.PausedStat(&o.breaker),
+		age, call.PausedStat(&o.breaker), notify.Flag("pglistener_outbox_vacuum_held_back",
+			"1 while claims are slow because somebody holds a snapshot that keeps dead rows from being removed.", c.heldBack),
 	}
 	return append(append(stats, more...), o.calls.Stats()...)
 }

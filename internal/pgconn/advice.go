@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -14,12 +15,7 @@ import (
 // Hopeless says whether waiting cannot mend what kept the first connection from being made: a wrong password, an unknown role or
 // database, TLS that cannot be verified or is not spoken. Of several hosts, all must be hopeless.
 func Hopeless(err error) bool {
-	for _, e := range causes(err) {
-		if advise(e).waiting {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(causes(err), func(e error) bool { return advise(e).waiting })
 }
 
 // Advice returns what a person can do about an error that the server, TLS or the network gave. It is empty when the error says

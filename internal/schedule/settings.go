@@ -65,11 +65,10 @@ func (c *Clock) Due() (nominal time.Time, due bool) {
 // error.
 func Next(text string, nominal, now time.Time) (time.Time, error) {
 	s, err := Parse(text, zone())
-	next := s.Next(nominal, now)
-	if err == nil && next.IsZero() {
-		err = errors.New("it never comes")
+	if next := s.Next(nominal, now); err != nil || !next.IsZero() {
+		return next, err
 	}
-	return next, err
+	return time.Time{}, errors.New("it never comes")
 }
 
 // zone is what schedules without one are in: TZ, else UTC.
