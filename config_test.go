@@ -3,8 +3,10 @@ package main
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"log/slog"
+	"net/url"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -174,6 +176,70 @@ func TestApplicationName(t *testing.T) {
 		start(t, fast(dsn, channel+"=test"), nil).listening(t)
 		if len(testkit.Backends(t, testkit.DB(t), application)) == 0 {
 			t.Errorf("no session is named %q", application)
+		}
+	}
+}
+
+// TestServiceFileBreaks: lib/pq reads it at each attempt, and its error quotes the line.
+func TestServiceFileBreaks(t *testing.T) {
+	t.Parallel()
+	dsn, proxy := testkit.Proxied(t, testkit.DSN(t))
+	u, err := url.Parse(dsn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "services")
+	write := func(line string) {
+		t.Helper()
+		text := fmt.Sprintf("[mine]\nhost=%s\nport=%s\nuser=%s\ndbname=%s\nsslmode=disable\n%s\n",
+			u.Hostname(), u.Port(), u.User.Username(), strings.Trim(u.Path, "/"), line)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("")
+	p := runProgram(t, fast("", testkit.ChannelName(t), vars{"PGSERVICE": "mine", "PGSERVICEFILE": path}))
+	p.Wait(t, "delivery proven", 1)
+	write("password hunter2")
+	proxy.Reset()
+	began := time.Now()
+	// The first, second, fourth, eighth and sixteenth are told. RECONNECT_MIN and RECONNECT_MAX keep them more than a second apart.
+	last := p.Wait(t, "connection attempt failed", 5)
+	if took := time.Since(began); took < time.Second || last["attempt"] != 16.0 || !strings.HasPrefix(last["error"].(string), "the service file cannot be read") {
+		t.Errorf("after %v: %v", took, last)
+	}
+	write("password=hunter2")
+	p.Wait(t, "reconnected", 1)
+	// It also breaks while attempts fail for another reason.
+	told := len(p.All("connection attempt failed"))
+	proxy.Refuse(true)
+	proxy.Reset()
+	p.Wait(t, "connection attempt failed", told+1)
+	write("password hunter2")
+	testkit.Eventually(t, "it does not say so again", func() bool {
+		all := p.All("connection attempt failed")
+		return strings.HasPrefix(all[len(all)-1]["error"].(string), "the service file cannot be read")
+	})
+	proxy.Refuse(false)
+	write("password=hunter2")
+	p.Wait(t, "reconnected", 2)
+	if strings.Contains(p.String(), "hunter2") {
+		t.Errorf("the password is in the log: %s", p)
+	}
+}
+
+// TestLogThatWritesNothingIsWarnedOf: its lines are the work.
+func TestLogThatWritesNothingIsWarnedOf(t *testing.T) {
+	t.Parallel()
+	for level, want := range map[string]int{"debug": 0, "info": 0, "warn": 1, "error": 1} {
+		cfg, problems := loadConfig(vars{"DATABASE_URL": "postgres://localhost/x", "CHANNELS": "a,b=append:/dev/null", "LOG_LEVEL": level}.lookup,
+			addHandlers(handlerTable()), modes())
+		if len(problems) > 0 {
+			t.Fatal(problems)
+		}
+		warnings := cfg.warnings(nil)
+		if len(warnings) != want || want > 0 && !strings.HasPrefix(warnings[0], "LOG_LEVEL: it is "+level+", at which the handler log of channel \"a\" writes nothing") {
+			t.Errorf("%s: %q", level, warnings)
 		}
 	}
 }

@@ -256,6 +256,9 @@ func TestNothingListensUnlessAsked(t *testing.T) {
 	if code, text := ask(addr); code != cli.OK || text != "ok\n" {
 		t.Errorf("-healthy: %d %q", code, text)
 	}
+	if code, text := ask(`"` + addr + `"`); code != cli.OK { // as docker's --env-file has it
+		t.Errorf("-healthy, quoted: %d %q", code, text)
+	}
 	_, port, _ := net.SplitHostPort(addr)
 	if code, text := ask(":" + port); code != cli.OK || text != "ok\n" {
 		t.Errorf("-healthy without a host: %d %q", code, text)
@@ -266,6 +269,36 @@ func TestNothingListensUnlessAsked(t *testing.T) {
 	if code, text := ask(""); code != cli.Failed || !strings.HasPrefix(text, "HTTP_ADDR is not set") {
 		t.Errorf("-healthy, nowhere to ask: %d %q", code, text)
 	}
+}
+
+// TestHealthyGoesThroughNoProxy: HTTP_PROXY is for receivers. Go never sends what is for this machine's own names through it, so the
+// machine must have another address.
+func TestHealthyGoesThroughNoProxy(t *testing.T) {
+	t.Parallel()
+	addresses, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addresses {
+		network, ok := a.(*net.IPNet)
+		if !ok || network.IP.IsLoopback() || network.IP.To4() == nil {
+			continue
+		}
+		l, err := net.Listen("tcp", network.IP.String()+":0")
+		if err != nil {
+			continue
+		}
+		server := &http.Server{Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})}
+		go func() { _ = server.Serve(l) }()
+		defer server.Close()
+		cmd := exec.Command(program(t), "-healthy")
+		cmd.Env = []string{"HTTP_ADDR=" + l.Addr().String(), "HTTP_PROXY=http://" + testkit.FreshAddress(t)}
+		if text, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, text)
+		}
+		return
+	}
+	t.Skip("this machine has no address but its own")
 }
 
 // A health check must end, whatever it asks.

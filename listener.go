@@ -115,6 +115,7 @@ func NewListener(dsn string, s Settings, channels []Channel, log *slog.Logger) *
 		l.queues[c.Name] = queue.New(quit, c.Name, c.Handler, c.Queue, log.With("channel", c.Name))
 	}
 	slices.Sort(l.names)
+	l.published.Store(&Status{State: l.account.State, turnedAt: time.Now()})
 	return l
 }
 
@@ -256,7 +257,9 @@ func (l *Listener) onEvent(kind pq.ListenerEventType, err error) {
 	case pq.ListenerEventDisconnected:
 		l.dialer.Lost()
 	case pq.ListenerEventConnectionAttemptFailed:
-		l.dialer.Failed()
+		if !l.dialer.Failed() { // nothing else that is read before a dial can have changed since the start
+			e.err = pgconn.ErrService
+		}
 	}
 	select {
 	case l.events <- e:

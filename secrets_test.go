@@ -3,10 +3,13 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/base64"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -118,6 +121,48 @@ func TestNoSecretIsShown(t *testing.T) {
 			bad["DATABASE_URL"] = "postgres://localhost/x"
 		}
 		clean(fmt.Sprint("mistake ", i), problemsOf(t, bad))
+	}
+}
+
+// TestNothingIsLoggedPastTheLog: of bytes that come on an idle connection net/http tells Go's own log, whatever LOG_PAYLOADS says.
+func TestNothingIsLoggedPastTheLog(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ended := make(chan error, 1)
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			ended <- err
+			return
+		}
+		defer c.Close()
+		req, err := http.ReadRequest(bufio.NewReader(c))
+		if err == nil {
+			_, _ = io.Copy(io.Discard, req.Body)
+			_, _ = c.Write([]byte("HTTP/1.1 204 No Content\r\n\r\n"))
+			_, _ = c.Write([]byte("and you said hunter2"))
+			_, err = io.Copy(io.Discard, c) // until the other end has looked at it and closes
+		}
+		ended <- err
+	}()
+	channel := testkit.ChannelName(t)
+	p := runProgram(t, fast(testkit.DSN(t), channel+"=http://"+l.Addr().String(), vars{"LOG_PAYLOADS": "false", "LOG_LEVEL": "debug"}))
+	p.Wait(t, "listening", 1)
+	testkit.Send(t, channel, "hunter2")
+	p.Wait(t, "delivered", 1)
+	select {
+	case <-ended:
+	case <-time.After(testkit.Patience):
+		t.Fatal("the connection is kept")
+	}
+	p.signal(t, syscall.SIGTERM)
+	p.exit(t, cli.OK, stopBound)
+	if strings.Contains(p.String(), "hunter2") {
+		t.Errorf("%s", p)
 	}
 }
 

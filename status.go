@@ -41,13 +41,8 @@ func (l *Listener) publish() {
 	l.published.Store(&published)
 }
 
-// newest returns the status published last; before the first one it is never ready.
-func (l *Listener) newest() Status {
-	if s := l.published.Load(); s != nil {
-		return *s
-	}
-	return Status{State: pgconn.State{Reason: "not started"}, turnedAt: time.Now()}
-}
+// newest returns the status published last.
+func (l *Listener) newest() Status { return *l.published.Load() }
 
 // Alive returns why the loop does not turn, or nil. It may be called from any goroutine and does not block.
 func (l *Listener) Alive() error {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/pglistener/pglistener/internal/notify"
@@ -98,15 +99,24 @@ func (r *report) server(ctx context.Context, in Input) (mute string, ok bool) {
 	return mute, err == nil
 }
 
-// handlers asks each handler whether what it needs is there.
+// handlers asks all handlers at once whether what they need is there, so that one that does not answer takes no time from another.
 func (r *report) handlers(ctx context.Context, in Input) {
-	for _, channel := range in.Channels {
+	ctx, cancel := context.WithTimeout(ctx, in.Timeout)
+	defer cancel()
+	texts, errs := make([]string, len(in.Channels)), make([]error, len(in.Channels))
+	var asking sync.WaitGroup
+	for i, channel := range in.Channels {
 		if h, ok := in.Handlers[channel].(notify.Checker); ok {
-			text, err := h.Check(ctx)
-			if err != nil {
-				err = errors.New(channel + ": " + err.Error()) // which has its own hint; those of line are about the server
-			}
-			r.line(err, "handler", channel+": "+text)
+			asking.Go(func() { texts[i], errs[i] = h.Check(ctx) })
+		}
+	}
+	asking.Wait()
+	for i, channel := range in.Channels {
+		if errs[i] != nil {
+			errs[i] = errors.New(channel + ": " + errs[i].Error()) // which has its own hint; those of line are about the server
+		}
+		if errs[i] != nil || texts[i] != "" {
+			r.line(errs[i], "handler", channel+": "+texts[i])
 		}
 	}
 }

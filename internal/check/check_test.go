@@ -5,12 +5,14 @@ package check
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/lib/pq"
 
+	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgtest"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
@@ -50,5 +52,43 @@ func TestServersWithoutListenAreNamed(t *testing.T) {
 				t.Errorf("no %q in\n%s", c.want, &out)
 			}
 		})
+	}
+}
+
+// silent is a handler whose receiver does not answer, and prompt one whose receiver does if there is time.
+type silent struct{ notify.HandlerFunc }
+
+func (silent) Check(ctx context.Context) (string, error) { <-ctx.Done(); return "", context.Cause(ctx) }
+
+type prompt struct{ notify.HandlerFunc }
+
+func (prompt) Check(ctx context.Context) (string, error) { return "it is there", ctx.Err() }
+
+// TestSilentReceiversTakeNoTimeFromOthers: what does not answer is blamed, and nothing else.
+func TestSilentReceiversTakeNoTimeFromOthers(t *testing.T) {
+	t.Parallel()
+	const timeout = 2 * time.Second
+	addr := testkit.FakeServer(t, testkit.OneRow("15.12", "f", "PostgreSQL 15.12"))
+	var out strings.Builder
+	began := time.Now()
+	Run(t.Context(), Input{DSN: pgtest.DSN(addr), Timeout: timeout, Channels: []string{"a", "b", "c", "d", "e"},
+		Handlers: map[string]notify.Handler{"a": silent{}, "b": prompt{}, "c": silent{}, "d": silent{}, "e": prompt{}},
+		Listen: func(ctx context.Context) (time.Duration, bool, error) {
+			if left, ok := ctx.Deadline(); !ok || time.Until(left) < timeout/4 {
+				t.Errorf("LISTEN has until %v", left)
+			}
+			return 0, true, ctx.Err()
+		}}, &out)
+	if took := time.Since(began); took > 3*timeout {
+		t.Errorf("it took %v", took)
+	}
+	var got []string
+	for line := range strings.Lines(out.String()) {
+		if f := strings.Fields(line); f[1] == "handler" || f[1] == "listen" {
+			got = append(got, f[0]+" "+f[1]+" "+f[2])
+		}
+	}
+	if want := []string{"FAIL handler a:", "ok handler b:", "FAIL handler c:", "FAIL handler d:", "ok handler e:", "ok listen a,"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q, in\n%s", got, want, &out)
 	}
 }

@@ -22,13 +22,12 @@ var runtimeParameter = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.]*$`)
 // a setting; none of these is ever part of the error (DESIGN facts 4 and 20). An empty string means the PG* variables, one of
 // which must be set then. It reads the PG* variables and the service file, as lib/pq does.
 func CheckDSN(dsn string, lookup Lookuper) (name string, err error) {
-	isSet := func(name string) bool { return IsSet(lookup, "", name) }
-	if dsn == "" && !slices.ContainsFunc([]string{"PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE"}, isSet) {
+	if dsn == "" && !slices.ContainsFunc([]string{"PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE"}, func(name string) bool { return IsSet(lookup, "", name) }) {
 		return "DATABASE_URL", errors.New("not set, nor any of PGHOST, PGDATABASE, PGSERVICE; set it to postgres://user:password@host:port/database")
 	}
 	if _, err := pq.NewConfig(""); err != nil {
 		if os.Getenv("PGSERVICE") != "" {
-			return "PGSERVICE", errors.New("the service file cannot be read or has no such service (its text is not shown because it may hold a password)")
+			return "PGSERVICE", pgconn.ErrService
 		}
 		// The error names PG* variables; PGPASSWORD is never part of it, for it cannot be wrong.
 		return "PG*", errors.New(strings.TrimPrefix(err.Error(), "pq: "))

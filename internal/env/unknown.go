@@ -22,6 +22,8 @@ func Unknown(environ []string, target, channel any, routes []Route) (warnings []
 		}
 		switch {
 		case value == "" || slices.Contains(known, name):
+		case slices.ContainsFunc(routes, func(r Route) bool { return slices.Contains(known, strings.TrimPrefix(name, Prefix(r.Channel))) }):
+			warnings = append(warnings, name+": nobody reads this variable; without the channel's name before it, it is for all channels")
 		case isFile && slices.Contains(known, base):
 			warnings = append(warnings, fmt.Sprintf("%s: nobody reads this variable; %s cannot come from a file", name, base))
 		case near != "":

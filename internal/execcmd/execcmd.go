@@ -58,10 +58,10 @@ func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 		// It exited with 0, but a child of its own kept its output open.
 		h.setup.Log.Warn("program left processes behind; they were killed", "program", h.path)
 		return nil
-	case err != nil && ctx.Err() != nil:
-		return fmt.Errorf("%s: stopped: %w", h.path, context.Cause(ctx))
 	case err == nil:
 		return nil
+	case ctx.Err() != nil:
+		return fmt.Errorf("%s: stopped: %w", h.path, context.Cause(ctx))
 	}
 	err = fmt.Errorf("%s: %w", h.path, err)
 	switch cmd.ProcessState.ExitCode() { // of sysexits.h; -1 if it has not been started

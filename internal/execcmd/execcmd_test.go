@@ -185,7 +185,7 @@ func TestExecInheritsNoSecrets(t *testing.T) {
 	if got, want := inherited(""), "APP_KEY DATABASE_URL PATH PGLISTENER_CHANNEL"; got != want {
 		t.Errorf("inherits %s, want %s", got, want)
 	}
-	if got, want := inherited("APP_KEY,OTHER"), "APP_KEY PATH PGLISTENER_CHANNEL"; got != want {
+	if got, want := inherited("OTHER, APP_KEY ,"), "APP_KEY PATH PGLISTENER_CHANNEL"; got != want {
 		t.Errorf("with ENV_PASS it inherits %s, want %s", got, want)
 	}
 }

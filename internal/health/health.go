@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -90,7 +91,7 @@ func (s *Server) Close() {
 // answer, and returns the exit code: 0 when it was 200, else 1. It blocks for three seconds at most.
 func Ask(lookup func(string) (string, bool), path string, stdout io.Writer) (code int) {
 	addr, _ := lookup("HTTP_ADDR")
-	host, port, err := net.SplitHostPort(addr)
+	host, port, err := net.SplitHostPort(strings.Trim(addr, "'\" ")) // as docker's --env-file keeps them
 	if err != nil || port == "" {
 		fmt.Fprintln(stdout, "HTTP_ADDR is not set: the listener cannot be asked")
 		return 1
@@ -98,7 +99,8 @@ func Ask(lookup func(string) (string, bool), path string, stdout io.Writer) (cod
 	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
 		host = "localhost"
 	}
-	res, err := (&http.Client{Timeout: 3 * time.Second}).Get("http://" + net.JoinHostPort(host, port) + path)
+	// The transport has no proxy: HTTP_PROXY is for the receivers.
+	res, err := (&http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{}}).Get("http://" + net.JoinHostPort(host, port) + path)
 	if err != nil {
 		fmt.Fprintln(stdout, "no answer:", err)
 		return 1

@@ -22,8 +22,7 @@ func process() (stats []notify.Stat) {
 	}
 	samples := []metrics.Sample{{Name: "/sched/goroutines:goroutines"}, {Name: "/memory/classes/heap/objects:bytes"}}
 	metrics.Read(samples)
-	started := float64(startedAt.UnixMilli()) / 1000
-	add(true, "process_start_time_seconds", "gauge", "When the process started, in seconds since 1970.", started)
+	add(true, "process_start_time_seconds", "gauge", "When the process started, in seconds since 1970.", float64(startedAt.UnixMilli())/1000)
 	add(true, "go_goroutines", "gauge", "Goroutines.", float64(samples[0].Value.Uint64()))
 	add(true, "go_memstats_alloc_bytes", "gauge", "Memory of objects in the heap.", float64(samples[1].Value.Uint64()))
 	pages, ok := procField("/proc/self/statm", 1)

@@ -181,9 +181,6 @@ func (w *Writer) put(p []byte) error {
 	if n > 0 {
 		w.torn = p[n-1] != '\n'
 	}
-	if err == nil && n < len(p) {
-		err = io.ErrShortWrite
-	}
 	return err
 }
 

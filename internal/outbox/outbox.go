@@ -125,8 +125,7 @@ func New(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (*Ou
 		margin: 10 * time.Second, retry: retry.Backoff{Min: 2 * time.Second, Max: time.Hour},
 		wake: make(chan struct{}, 1), written: make(chan struct{}, 1), taken: make(chan struct{}, 1),
 	}
-	o.ready = sync.NewCond(&o.mu)
-	o.health = health{progress: time.Now(), retrying: map[int64]time.Time{}}
+	o.ready, o.health = sync.NewCond(&o.mu), health{progress: time.Now(), retrying: map[int64]time.Time{}}
 	// The lease outlives the wait for a slot, the handler, its end after the time limit, and the writing of the result.
 	lease := o.margin + call.Longest(options.Limits.Timeout) + setup.Grace + o.margin
 	owner := make([]byte, 16)

@@ -53,8 +53,8 @@ func advise(err error) help {
 	if errors.Is(err, pq.ErrSSLNotSupported) {
 		return help{"the server does not speak TLS; add sslmode=disable to DATABASE_URL if the network is trusted", false}
 	}
-	if is[*tls.CertificateVerificationError](err) || is[x509.UnknownAuthorityError](err) ||
-		is[x509.HostnameError](err) || is[x509.CertificateInvalidError](err) {
+	if errors.As(err, new(*tls.CertificateVerificationError)) || errors.As(err, new(x509.UnknownAuthorityError)) ||
+		errors.As(err, new(x509.HostnameError)) || errors.As(err, new(x509.CertificateInvalidError)) {
 		return help{"the server's certificate cannot be verified: check its dates and its host name, and sslrootcert in DATABASE_URL", false}
 	}
 	if errors.Is(err, syscall.ECONNREFUSED) {
@@ -82,12 +82,6 @@ func causes(err error) []error {
 		}
 	}
 	return []error{err}
-}
-
-// is says whether err is or wraps an E.
-func is[E error](err error) bool {
-	var e E
-	return errors.As(err, &e)
 }
 
 // IsTimeout says whether err is a deadline that passed.

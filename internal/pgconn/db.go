@@ -14,6 +14,9 @@ import (
 var ErrBadDSN = errors.New("not a valid connection string (not shown: it may hold a password); " +
 	"write postgres://user:password@host:port/database?sslmode=..., with any of % @ : / ? # and blanks in the password percent-encoded")
 
+// ErrService is what a service file is to blame for. lib/pq quotes the line, which may be the password.
+var ErrService = errors.New("the service file cannot be read or has no such service (its text is not shown because it may hold a password)")
+
 // MaxIdentifier is NAMEDATALEN-1, the longest name that PostgreSQL keeps, in bytes: LISTEN cuts a longer channel in silence and
 // pg_notify rejects it, so such a channel would never hear anything (DESIGN fact 16).
 const MaxIdentifier = 63
@@ -42,15 +45,12 @@ func (d sqlDialer) DialContext(ctx context.Context, network, address string) (ne
 
 // OpenDB returns a pool for short statements, whose every wait is bounded by timeout. It connects when it is first used.
 func OpenDB(dsn string, timeout time.Duration) (*sql.DB, error) {
-	cfg, err := pq.NewConfig(dsn)
-	if err != nil {
-		return nil, ErrBadDSN // not the error itself: it may hold the password
-	}
+	cfg, wrong := pq.NewConfig(dsn)
 	// One round trip per statement, and none that a pooler could tear apart.
 	cfg.BinaryParameters = true
 	c, err := pq.NewConnectorConfig(cfg)
-	if err != nil {
-		return nil, ErrBadDSN
+	if wrong != nil || err != nil {
+		return nil, ErrBadDSN // not the error itself: it may hold the password
 	}
 	c.Dialer(sqlDialer{timeout})
 	return sql.OpenDB(c), nil

@@ -15,7 +15,7 @@ import (
 // or a handshake without a limit and holds its lock meanwhile, so the limit has to be in the connection: when it passes, lib/pq
 // sees a read error and reconnects by itself (DESIGN section 2, facts 1, 5 and 12).
 //
-// All methods may be called from any goroutine, and none but the dials blocks.
+// All methods may be called from any goroutine, and none but the dials and Failed blocks.
 type Dialer struct {
 	timeout time.Duration // for a dial, for a write, for the first byte of an answer
 	silence time.Duration // between two bytes at any time
@@ -32,6 +32,7 @@ type Dialer struct {
 	failures     int       // attempts that failed one after the other
 	flaps        int       // connections that broke early, one after the other
 	delay        time.Duration
+	dialed       bool // by this attempt
 }
 
 // ErrStopping is what a dial returns after Refuse or Close.
@@ -54,7 +55,7 @@ func (d *Dialer) DialTimeout(network, address string, timeout time.Duration) (ne
 	// The wait belongs to the attempt, not to the host: of a DSN with several hosts only the first waits.
 	d.mu.Lock()
 	wait := d.delay
-	d.delay = 0
+	d.delay, d.dialed = 0, true
 	d.mu.Unlock()
 	if !retry.Sleep(d.ctx, wait) {
 		return nil, ErrStopping
@@ -85,12 +86,17 @@ func (d *Dialer) Subscribed() {
 	d.subscribedAt, d.failures = time.Now(), 0
 }
 
-// Failed tells the dialer that an attempt failed; the next one waits longer.
-func (d *Dialer) Failed() {
+// Failed tells the dialer that an attempt failed; the next one waits longer. It says whether the attempt has come to a dial. When it has
+// not, as with a service file that cannot be read, Failed itself makes the pause that the dial would have made.
+func (d *Dialer) Failed() (dialed bool) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
+	dialed, wait := d.dialed, d.delay // which is zero if so
+	d.dialed = false
 	d.failures++
 	d.delay = d.backoff.After(d.failures)
+	d.mu.Unlock()
+	retry.Sleep(d.ctx, wait)
+	return dialed
 }
 
 // Lost tells the dialer that a subscribed connection broke. The next attempt is made at once, unless connections break again and
@@ -102,7 +108,7 @@ func (d *Dialer) Lost() {
 	if time.Since(d.subscribedAt) > d.backoff.Max {
 		d.flaps = 0
 	}
-	d.delay = d.backoff.After(d.flaps)
+	d.delay, d.dialed = d.backoff.After(d.flaps), false
 }
 
 // Current is the newest connection, or nil before the first.

@@ -21,7 +21,7 @@ type Settings struct {
 
 // Environ is what a program inherits of the environment: never what is only the listener's, which may hold secrets.
 func (s Settings) Environ() (all []string) {
-	pass := strings.Split(s.Pass, ",")
+	pass := strings.FieldsFunc(s.Pass, func(r rune) bool { return r == ',' || r == ' ' })
 	for _, v := range os.Environ() {
 		name, _, _ := strings.Cut(v, "=")
 		switch {

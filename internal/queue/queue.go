@@ -33,7 +33,7 @@ type Options struct {
 	Secret   bool          // payloads are kept out of the log
 	Rung     bool          // a doorbell that runs when it is rung, and neither at starts and gaps nor every CatchUpInterval
 
-	// Go runs a function that may block, beside all others; nil is a goroutine for each.
+	// Go runs a function that may block, beside all others.
 	Go func(func())
 	// Memory bounds the bytes that all queues hold together; nil does not.
 	Memory interface {
@@ -82,6 +82,7 @@ type Queue struct {
 	breaker    retry.Breaker  // of a doorbell
 	failures   retry.Failures // of the handler
 	busySince  time.Time      // since when there has been work, or when a call last succeeded
+	undone     bool           // the last run of a doorbell was given up: what it was to do is still to be done
 	counts     counts
 	calls      call.Stats
 }
@@ -92,9 +93,6 @@ type counts struct{ received, done, failed, dropped, abandoned uint64 }
 // New makes a queue that gives what it is offered to h. Once quit has ended it begins and repeats nothing.
 func New(quit context.Context, channel string, h notify.Handler, o Options, log *slog.Logger) *Queue {
 	o.Retry = cmp.Or(o.Retry, retry.Backoff{Min: 500 * time.Millisecond, Max: 30 * time.Second})
-	if o.Go == nil {
-		o.Go = func(f func()) { go f() }
-	}
 	q := &Queue{
 		channel: channel, handle: h.Handle, options: o,
 		log: log, quit: quit, room: make(chan struct{}, 1),
@@ -222,7 +220,7 @@ func (q *Queue) AbandonRest() int {
 
 // start has one more work if the limit allows. q.mu is held.
 func (q *Queue) start() {
-	if q.running == 0 {
+	if q.running == 0 && !q.undone {
 		q.busySince = time.Now()
 	}
 	if q.running < q.options.Concurrency {
@@ -287,6 +285,7 @@ func (q *Queue) do(c *call.Caller, f call.Func, n notify.Notification) {
 			continue
 		case n.Attempt >= q.options.Attempts || notify.IsPermanent(err):
 			q.counts.failed++
+			q.undone = q.options.Doorbell
 			q.log.Error("gave up", q.trace(n, "attempts", n.Attempt, "error", err)...)
 			return
 		}

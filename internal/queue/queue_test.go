@@ -40,6 +40,7 @@ func newTestQueue(t *testing.T, h notify.Handler, o Options) testQueue {
 	if o.Timeout == 0 {
 		o.Timeout = testkit.Patience
 	}
+	o.Go = func(f func()) { go f() }
 	o.Retry = retry.Backoff{Min: time.Millisecond, Max: 5 * time.Millisecond}
 	quit, cancel := context.WithCancelCause(context.Background())
 	t.Cleanup(func() { cancel(nil) })
@@ -516,6 +517,41 @@ func TestNotReadyWhileNothingSucceeds(t *testing.T) {
 		w.cancel(nil)
 		time.Sleep(time.Minute) // the last call ends
 	})
+}
+
+// TestGivenUpRunIsStillToBeDone: a doorbell whose last run was given up has left its work undone, and is not ready again because
+// nothing runs, nor because it was rung again in vain. A notification of a plain channel that was given up is another matter: nothing
+// can be done for it any more.
+func TestGivenUpRunIsStillToBeDone(t *testing.T) {
+	for _, doorbell := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			var works atomic.Bool
+			w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+				if works.Load() {
+					return nil
+				}
+				return notify.Permanent(errors.New("no"))
+			}), Options{Doorbell: doorbell, Limits: call.Limits{LateAfter: 5 * time.Minute, Timeout: time.Minute}})
+			for range 2 {
+				w.give(t, "x")
+				time.Sleep(4 * time.Minute)
+				if lg := w.All("gave up"); len(lg) == 0 {
+					t.Fatal("it was not given up")
+				}
+			}
+			if err := w.Ready(); doorbell != (err != nil && strings.Contains(err.Error(), "has not succeeded for 8m")) {
+				t.Errorf("doorbell %v: Ready says %v", doorbell, err)
+			}
+			works.Store(true)
+			w.give(t, "x")
+			time.Sleep(10 * time.Minute)
+			if err := w.Ready(); err != nil {
+				t.Errorf("doorbell %v: its work is done, and Ready says %v", doorbell, err)
+			}
+			w.give(t, "x")
+			w.finish(t)
+		})
+	}
 }
 
 // stat is a figure of a queue, with a result if that is not "".

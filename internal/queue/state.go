@@ -35,7 +35,7 @@ func (q *Queue) awaitReceiver() bool {
 
 // succeeded takes note of a call that succeeded just now. q.mu is held.
 func (q *Queue) succeeded(now time.Time) {
-	q.busySince = now
+	q.busySince, q.undone = now, false
 	if paused := q.breaker.Succeed(now); paused > 0 {
 		q.log.Info(call.Resumed, "paused_for", paused.Round(time.Millisecond))
 	}
@@ -48,8 +48,8 @@ func (q *Queue) Ready() error {
 	if err := call.PausedTooLong(&q.breaker); err != nil {
 		return err
 	}
-	if waited := time.Since(q.busySince); q.running > 0 && waited > q.options.Late() {
-		return fmt.Errorf("its handler has not succeeded for %v, and %d notifications wait", waited.Round(time.Second), q.waiting.len())
+	if waited := time.Since(q.busySince); (q.running > 0 || q.undone) && waited > q.options.Late() {
+		return fmt.Errorf("its handler has not succeeded for %v, and there is work", waited.Round(time.Second))
 	}
 	return nil
 }

@@ -3,6 +3,7 @@
 package trigger
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	_ "embed"
@@ -39,25 +40,21 @@ func Parse(operands []string) (o Options, err error) {
 		switch _, readable := strings.CutPrefix(flag, "-"); {
 		case strings.Contains(operands[i], "://"), strings.Contains(operands[i], "password="):
 			return o, errors.New("an argument is a connection string, which is not shown: set DATABASE_URL to it")
-		case !utf8.ValidString(operands[i]), strings.ContainsFunc(operands[i], unicode.IsControl):
-			return o, errors.New("an argument has a control character in it, or is not UTF-8")
-		case strings.TrimSpace(operands[i]) == "":
-			return o, errors.New("an argument is empty: -trigger " + Operands)
+		case !utf8.ValidString(operands[i]), strings.ContainsFunc(operands[i], unicode.IsControl), strings.TrimSpace(operands[i]) == "":
+			return o, errors.New("an argument is empty, has a control character in it, or is not UTF-8")
 		case !readable:
 			names = append(names, operands[i])
 		case strings.TrimLeft(flag, "-") == "trigger-notify" && !hasValue:
 			o.Notify = true
-		case strings.TrimLeft(flag, "-") == "trigger-columns" && o.Columns == "":
+		case strings.TrimLeft(flag, "-") == "trigger-columns":
 			if !hasValue && i+1 < len(operands) {
 				i++
 				value = operands[i]
 			}
-			if value == "" || strings.HasPrefix(value, "-") {
-				return o, errors.New("-trigger-columns needs the names of columns, such as -trigger-columns status,total")
+			if value == "" || strings.HasPrefix(value, "-") || o.Columns != "" {
+				return o, errors.New("-trigger-columns needs the names of columns, all in one: -trigger-columns status,total")
 			}
 			o.Columns = value
-		case strings.TrimLeft(flag, "-") == "trigger-columns":
-			return o, errors.New("-trigger-columns is there twice: name all columns in one, separated by commas")
 		default:
 			return o, fmt.Errorf("%q cannot follow -trigger: -trigger %s", flag, Operands)
 		}
@@ -100,11 +97,8 @@ func Print(dsn string, timeout time.Duration, outbox string, o Options, out io.W
 		if err != nil {
 			return err
 		}
-		return tx.QueryRowContext(ctx, catalog, o.Table, o.Channel, o.Columns, outbox, o.Notify, box, path).Scan(&found)
+		return cmp.Or(tx.QueryRowContext(ctx, catalog, o.Table, o.Channel, o.Columns, outbox, o.Notify, box, path).Scan(&found), json.Unmarshal(found, &values))
 	})
-	if err == nil {
-		err = json.Unmarshal(found, &values)
-	}
 	switch {
 	case err != nil:
 		return errors.New(pgconn.Explain(err))

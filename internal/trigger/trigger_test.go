@@ -902,7 +902,7 @@ func TestParse(t *testing.T) {
 		"orders|-trigger-columns":  "-trigger-columns needs the names",
 		"orders|-trigger-columns=": "-trigger-columns needs the names",
 		"-trigger-columns|-trigger-notify|orders":       "-trigger-columns needs the names",
-		"orders|-trigger-columns|a|-trigger-columns|b":  "-trigger-columns is there twice",
+		"orders|-trigger-columns|a|-trigger-columns|b":  "-trigger-columns needs the names",
 		"orders|-trigger-notify=secret":                 `"-trigger-notify" cannot follow`,
 		"orders|-trigger-colums=secret":                 `"-trigger-colums" cannot follow -trigger: -trigger TABLE`,
 		"orders|-":                                      `"-" cannot follow`,

@@ -161,7 +161,7 @@ func (v view) same(w view) bool {
 func (v view) sameFiles(w view) bool {
 	for i, a := range v.files {
 		b := w.files[i]
-		if (a == nil) != (b == nil) || a != nil && (!os.SameFile(a, b) || a.Size() != b.Size() || !a.ModTime().Equal(b.ModTime())) {
+		if (a == nil) != (b == nil) || a != nil && (!os.SameFile(a, b) || a.Size() != b.Size() || a.Mode() != b.Mode() || !a.ModTime().Equal(b.ModTime())) {
 			return false
 		}
 	}

@@ -420,6 +420,11 @@ func TestEachKindOfChangeIsSeen(t *testing.T) {
 		{"nothing", func() {}, false},
 		{"written anew, as long as before", func() { rewrite(t, path, []byte("abcd")) }, false}, // by whom it hides its time
 		{"replaced", func() { write(t, path, []byte("abcd")) }, true},
+		{"made readable, after it was found not to be", func() {
+			if err := os.Chmod(path, 0o640); err != nil {
+				t.Fatal(err)
+			}
+		}, true},
 		{"shortened", func() { rewrite(t, path, []byte("abc")) }, true},
 		{"gone", func() { os.Remove(path) }, true},
 	} {

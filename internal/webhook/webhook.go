@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"log"
 	"maps"
 	"net"
 	"net/http"
@@ -23,6 +24,10 @@ import (
 
 	"github.com/pglistener/pglistener/internal/notify"
 )
+
+// net/http itself logs bytes that come on an idle connection: what a receiver says, past LOG_PAYLOADS and past the writer that never
+// blocks.
+func init() { log.SetOutput(io.Discard) }
 
 // Bounds on what is read of an answer, to reuse the connection and to show in an error.
 const (
@@ -56,9 +61,7 @@ type handler struct {
 func New(address string, s Settings, reread func() (Settings, error), concurrency int, setup notify.Setup) (notify.Handler, error) {
 	request, err := http.NewRequest(http.MethodPost, address, nil)
 	if err != nil || request.URL.Hostname() == "" {
-		// Not the error itself: the URL may hold a password.
-		scheme, _, _ := strings.Cut(address, ":")
-		return nil, fmt.Errorf("not a valid URL (not shown: it may hold a password); write %s://host/path", scheme)
+		return nil, errors.New("not a valid URL (not shown: it may hold a password); write https://host/path")
 	}
 	h := &handler{
 		request: request, shown: request.URL.Scheme + "://" + request.URL.Host, hidden: wordsOf(address),
@@ -127,9 +130,8 @@ func (h *handler) unanswered(ctx context.Context, err error, written bool, p *pr
 		return notify.Unavailable(fmt.Errorf("%s: %w", h.shown, hint(err)))
 	}
 	var network net.Error
-	cause := context.Cause(ctx)
 	switch {
-	case errors.As(err, &network), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), cause != nil && errors.Is(err, cause):
+	case errors.As(err, &network), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, context.Cause(ctx)):
 		return fmt.Errorf("%s: %w", h.shown, err)
 	case h.setup.LogPayloads:
 		return fmt.Errorf("%s: no valid answer: %s", h.shown, p.show(err.Error()))

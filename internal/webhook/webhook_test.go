@@ -1,6 +1,7 @@
 package webhook
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -264,6 +265,34 @@ func TestWebhookAnswerIsKeptOut(t *testing.T) {
 	}
 	if err := h.Handle(t.Context(), notify.Notification{}); err == nil || strings.Contains(err.Error(), "hunter2") || !strings.Contains(err.Error(), "status 400") {
 		t.Errorf("%v", err)
+	}
+}
+
+// TestNonsenseIsKeptOut: net/http quotes an answer that is not HTTP.
+func TestNonsenseIsKeptOut(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for c, err := l.Accept(); err == nil; c, err = l.Accept() {
+			if req, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
+				_, _ = io.Copy(c, req.Body)
+			}
+			c.Close()
+		}
+	}()
+	for _, shown := range []bool{false, true} {
+		h, err := New("http://"+l.Addr().String(), Settings{}, nil, 1, notify.Setup{Log: testkit.NewLogs(t).Logger(), LogPayloads: shown})
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = h.Handle(t.Context(), notify.Notification{Payload: "hunter2\r\n\r\n"})
+		if err == nil || strings.Contains(err.Error(), "hunter2") != shown || !strings.Contains(err.Error(), "no valid answer") || notify.IsUnavailable(err) {
+			t.Errorf("shown %v: %v", shown, err)
+		}
 	}
 }
 
