@@ -3,6 +3,7 @@
 package outbox
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -43,6 +44,7 @@ type config struct {
 	schedule              string
 	next                  func(string, time.Time, time.Time) (time.Time, error)
 	tweak                 func(*Outbox)
+	pool                  *Pool // nil: one of its own
 }
 
 // run runs an Outbox until the test ends.
@@ -59,7 +61,7 @@ func run(t *testing.T, c config, h notify.Handler) *running {
 	}
 	r := &running{Logs: testkit.NewLogs(t)}
 	var err error
-	r.Outbox, err = New(h, new(Pool), Options{
+	r.Outbox, err = New(h, cmp.Or(c.pool, new(Pool)), Options{
 		Settings: Settings{Table: c.table, Attempts: max(c.attempts, 1)},
 		Limits:   call.Limits{Concurrency: max(c.concurrency, 1), Timeout: c.timeout, LateAfter: time.Minute},
 		DSN:      c.dsn, Timeout: 5 * time.Second, Next: c.next, Schedule: c.schedule,
@@ -627,30 +629,32 @@ func TestTableIsSetForClaims(t *testing.T) {
 	}
 }
 
+// TestUsesTwoConnections: all channels together, while all are busy.
 func TestUsesTwoConnections(t *testing.T) {
 	t.Parallel()
-	tab, channel := outboxTable(t, testkit.DB(t)), testkit.ChannelName(t)
-	run(t, config{dsn: testkit.WithParams(testkit.DSN(t), "application_name", channel), table: tab, concurrency: 50},
-		notify.HandlerFunc(func(context.Context, notify.Notification) error { return nil }))
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for range 10 {
-			_, _ = testkit.DB(t).Exec(`insert into "`+tab+`" (channel) select $1 from generate_series(1, 2000)`, channel)
-		}
-	}()
-	most := 0
-	for running := true; running; {
-		select {
-		case <-done:
-			running = false
-		default:
-			most = max(most, len(testkit.Backends(t, testkit.DB(t), channel)))
-		}
+	const channels = 3
+	tab, name, pool := outboxTable(t, testkit.DB(t)), testkit.ChannelName(t), new(Pool)
+	for i := range channels {
+		run(t, config{dsn: testkit.WithParams(testkit.DSN(t), "application_name", name), table: tab, channel: fmt.Sprint(name, i), concurrency: 50, pool: pool},
+			notify.HandlerFunc(func(context.Context, notify.Notification) error { return nil }))
 	}
+	ctx, stop := context.WithCancel(t.Context())
+	var writer sync.WaitGroup
+	writer.Go(func() {
+		for ctx.Err() == nil {
+			_, _ = testkit.DB(t).Exec(`insert into "`+tab+`" (channel) select $1 || i % $2 from generate_series(1, 2000) i`, name, channels)
+		}
+	})
+	// As often as shows what is too much, and then until both are seen at once. Each channel also has one that listens.
+	most, deadline := 0, time.Now().Add(testkit.Patience)
+	for n := 0; n < 300 || most < channels+2 && time.Now().Before(deadline); n++ {
+		most = max(most, len(testkit.Backends(t, testkit.DB(t), name)))
+	}
+	stop()
+	writer.Wait()
 	emptied(t, testkit.DB(t), tab)
-	if most < 2 || most > 3 { // one of them listens
-		t.Errorf("%d connections", most)
+	if most != channels+2 {
+		t.Errorf("%d connections, want %d", most, channels+2)
 	}
 }
 
