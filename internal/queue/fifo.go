@@ -26,12 +26,8 @@ func (q *fifo) pop() notify.Notification {
 	n := q.ring[q.head]
 	q.ring[q.head] = notify.Notification{} // release the payload
 	q.head = (q.head + 1) % len(q.ring)
-	q.n--
-	if q.n == 0 {
-		q.head = 0
-		if len(q.ring) > 1024 { // a burst is over: release its memory
-			q.ring = nil
-		}
+	if q.n--; q.n == 0 && len(q.ring) > 1024 { // a burst is over: release its memory
+		q.ring, q.head = nil, 0
 	}
 	return n
 }

@@ -33,7 +33,7 @@ type Options struct {
 	Secret   bool          // payloads are kept out of the log
 	Rung     bool          // a doorbell that runs when it is rung, and neither at starts and gaps nor every CatchUpInterval
 
-	// Go runs a function that may block, beside all others.
+	// Go runs a function that may block, beside all others; nil is a goroutine for each.
 	Go func(func())
 	// Memory bounds the bytes that all queues hold together; nil does not.
 	Memory interface {
@@ -93,6 +93,9 @@ type counts struct{ received, done, failed, dropped, abandoned uint64 }
 // New makes a queue that gives what it is offered to h. Once quit has ended it begins and repeats nothing.
 func New(quit context.Context, channel string, h notify.Handler, o Options, log *slog.Logger) *Queue {
 	o.Retry = cmp.Or(o.Retry, retry.Backoff{Min: 500 * time.Millisecond, Max: 30 * time.Second})
+	if o.Go == nil {
+		o.Go = func(f func()) { go f() }
+	}
 	q := &Queue{
 		channel: channel, handle: h.Handle, options: o,
 		log: log, quit: quit, room: make(chan struct{}, 1),

@@ -40,7 +40,6 @@ func newTestQueue(t *testing.T, h notify.Handler, o Options) testQueue {
 	if o.Timeout == 0 {
 		o.Timeout = testkit.Patience
 	}
-	o.Go = func(f func()) { go f() }
 	o.Retry = retry.Backoff{Min: time.Millisecond, Max: 5 * time.Millisecond}
 	quit, cancel := context.WithCancelCause(context.Background())
 	t.Cleanup(func() { cancel(nil) })
