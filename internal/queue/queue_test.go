@@ -520,35 +520,44 @@ func TestNotReadyWhileNothingSucceeds(t *testing.T) {
 
 // TestGivenUpRunIsStillToBeDone: a doorbell whose last run was given up has left its work undone, and is not ready again because
 // nothing runs, nor because it was rung again in vain. A notification of a plain channel that was given up is another matter: nothing
-// can be done for it any more.
+// can be done for it any more. Nor is a ring of a doorbell whose schedule is a row of the outbox, which does its work without the queue.
 func TestGivenUpRunIsStillToBeDone(t *testing.T) {
-	for _, doorbell := range []bool{true, false} {
-		synctest.Test(t, func(t *testing.T) {
-			var works atomic.Bool
-			w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error {
-				if works.Load() {
-					return nil
+	for name, c := range map[string]struct {
+		options Options
+		undone  bool
+	}{
+		"doorbell":           {Options{Doorbell: true}, true},
+		"scheduled":          {Options{Doorbell: true, Rung: true, Times: &everyFive{}}, true},
+		"scheduled by a row": {Options{Doorbell: true, Rung: true}, false},
+		"plain":              {Options{}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var works atomic.Bool
+				c.options.Limits = call.Limits{LateAfter: 5 * time.Minute, Timeout: time.Minute}
+				w := newTestQueue(t, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+					if works.Load() {
+						return nil
+					}
+					return notify.Permanent(errors.New("no"))
+				}), c.options)
+				for i := range 2 {
+					w.give(t, "x")
+					time.Sleep(4 * time.Minute)
+					w.Wait(t, "gave up", i+1)
 				}
-				return notify.Permanent(errors.New("no"))
-			}), Options{Doorbell: doorbell, Limits: call.Limits{LateAfter: 5 * time.Minute, Timeout: time.Minute}})
-			for range 2 {
+				if err := w.Ready(); c.undone != (err != nil && strings.Contains(err.Error(), "has not succeeded for 8m")) {
+					t.Errorf("Ready says %v", err)
+				}
+				works.Store(true)
 				w.give(t, "x")
-				time.Sleep(4 * time.Minute)
-				if lg := w.All("gave up"); len(lg) == 0 {
-					t.Fatal("it was not given up")
+				time.Sleep(10 * time.Minute)
+				if err := w.Ready(); err != nil {
+					t.Errorf("its work is done, and Ready says %v", err)
 				}
-			}
-			if err := w.Ready(); doorbell != (err != nil && strings.Contains(err.Error(), "has not succeeded for 8m")) {
-				t.Errorf("doorbell %v: Ready says %v", doorbell, err)
-			}
-			works.Store(true)
-			w.give(t, "x")
-			time.Sleep(10 * time.Minute)
-			if err := w.Ready(); err != nil {
-				t.Errorf("doorbell %v: its work is done, and Ready says %v", doorbell, err)
-			}
-			w.give(t, "x")
-			w.finish(t)
+				w.give(t, "x")
+				w.finish(t)
+			})
 		})
 	}
 }
