@@ -26,7 +26,7 @@ type Config struct {
 	Features FeatureSettings
 	Log      logs.Settings
 
-	QueueMemory env.Bytes `env:"QUEUE_MEMORY,default=64MB" usage:"bound on what waits in all queues together, and on rows that are claimed ahead; such as 500KB, 64MB or 1GB"`
+	QueueMemory env.Bytes `env:"QUEUE_MEMORY,default=64MB" usage:"bound on what waits in all queues together, and on rows that are claimed ahead; 1MB at least, such as 64MB or 1GB"`
 
 	LogPayloads bool `env:"LOG_PAYLOADS,default=true" usage:"false keeps payloads, and what receivers answer, out of the log and last_error"`
 

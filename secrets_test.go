@@ -115,6 +115,7 @@ func TestNoSecretIsShown(t *testing.T) {
 	}
 	for i, bad := range []vars{
 		{"CHANNELS": "a=https://h/x?a=1,2&token=hunter2"}, {"CHANNELS": "a=exec:./p --pw x,hunter2 y"}, {"CHANNELS": "a=htps://u:hunter2@h"},
+		{"CHANNELS": "a", "A_HANDLER": "exec:/bin/true --pw '&hunter2'"},
 		{"CHANNELS": "a", "WEBHOOK_SECRET": "hunter2"}, {"CHANNELS": "a", "A_HANDLER": "https://u:hunter2%zz@h/"}, {"CHANNELS": "a", "DATABASE_URL": "postgres://u:hunter2%zz@h/d"},
 	} {
 		if bad["DATABASE_URL"] == "" {

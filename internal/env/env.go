@@ -105,7 +105,7 @@ var hints = map[reflect.Type]string{
 	reflect.TypeFor[int]():           "a whole number",
 	reflect.TypeFor[bool]():          "true or false",
 	reflect.TypeFor[time.Duration](): "a duration such as 500ms, 10s or 1m30s",
-	reflect.TypeFor[Bytes]():         "a size such as 500KB, 64MB or 1GB",
+	reflect.TypeFor[Bytes]():         "a size such as 1500KB, 64MB or 1GB",
 }
 
 type decoder struct {

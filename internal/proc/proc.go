@@ -42,7 +42,7 @@ func Program(handler string, words []string) (path string, args []string, err er
 	}
 	for _, w := range words {
 		if w != "" && strings.ContainsRune("|<>&;", rune(w[0])) || strings.HasPrefix(w, "2>") {
-			return "", nil, fmt.Errorf("there is no shell, so %q would be an argument like any other; put the command into a script", w)
+			return "", nil, errors.New("there is no shell, so a word that begins with | < > & ; or 2> would be an argument like any other; put the command into a script")
 		}
 	}
 	path, err = find(words[0])
