@@ -13,7 +13,8 @@ held as materialized (
 updated as (
 	update {table} o set
 		lease = null, leased_until = null,
-		attempts = case when held.changed then least(o.attempts, 0) when r.next > 0 then 0 else o.attempts end,
+		attempts = case when held.changed and r.attempts = 0 and o.schedule is not null then -1 -- its first time is still to be found
+			when held.changed then least(o.attempts, 0) when r.next > 0 then 0 else o.attempts end,
 		run_at = case when held.changed then o.run_at when r.next > 0 then to_timestamp(r.next) when r.failed then o.run_at
 			else now() + r.wait * interval '1 second' end,
 		due_at = case when held.changed or r.next > 0 then null else coalesce(o.due_at, o.run_at) end,

@@ -10,6 +10,30 @@ import (
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
+// TestPlaceAfterMinusInfinity: it is a time that may stand in a row, and one from which a claim may go on.
+func TestPlaceAfterMinusInfinity(t *testing.T) {
+	t.Parallel()
+	db, channel, tab := testkit.DB(t), testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	names, err := parseTable(tab)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := store{db: db, table: names, channel: channel, owner: "11111111-1111-1111-1111-111111111111", lease: time.Minute, timeout: time.Minute, bytes: 1 << 20}
+	testkit.Exec(t, db, names.sql("insert into {table} (channel, run_at) select $1, '-infinity' from generate_series(1, 2)"), channel)
+	insert(t, db, tab, channel, "the last")
+	from := place{}
+	for i := range 3 {
+		if wait, _, _, err := s.nextDue(from); err != nil || wait > 0 {
+			t.Fatalf("%d: next in %v, %v", i, wait, err)
+		}
+		jobs, err := s.claim(1, from)
+		if err != nil || len(jobs) != 1 || (jobs[0].payload == "the last") != (i == 2) {
+			t.Fatalf("%d: %+v, %v", i, jobs, err)
+		}
+		from = place{jobs[0].runAt, jobs[0].id}
+	}
+}
+
 // TestFenceSeesEveryClaim plays what the model found on the real statements: attempts begin again when a row is changed while its
 // handler runs, or moves to its next time, and then the same replica may hold it with the same lease and the same attempts.
 func TestFenceSeesEveryClaim(t *testing.T) {
@@ -81,6 +105,13 @@ func TestFenceSeesEveryClaim(t *testing.T) {
 			t.Fatalf("attempts are %d: its first time is that of its insertion", first.attempts)
 		}
 		testkit.Exec(t, db, names.sql("update {table} set leased_until = now()"))
+	}
+	// An upsert of the same schedule comes while its first time is being found.
+	first = claim()
+	testkit.Exec(t, db, names.sql("update {table} set payload = 'changed'"))
+	end(ending{job: first, runAt: time.Now().Add(time.Hour)}, changed)
+	if again := claim(); again.attempts != 0 || again.payload != "changed" {
+		t.Fatalf("attempts are %d: it runs as soon as it is changed", again.attempts)
 	}
 	testkit.Exec(t, db, names.sql("update {table} set lease = null, leased_until = null, attempts = 0"))
 	run := claim()

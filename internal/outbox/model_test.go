@@ -54,6 +54,16 @@ type modelRow struct {
 	attempts       int8
 	handled        bool // some handler has succeeded with what is in it now
 	ran            bool // it has moved to its next time
+	untimed        bool // the first time of its schedule is yet to be found
+}
+
+// inserted is a new row. The trigger gives one with a schedule the attempts -1.
+func inserted(row int) modelRow {
+	r := modelRow{exists: true, untimed: row == rowScheduled}
+	if r.untimed {
+		r.attempts = -1
+	}
+	return r
 }
 
 var notInPlay = modelRow{failed: true} // which nobody claims
@@ -73,6 +83,8 @@ type protocol struct {
 	oursEnd      func(modelRow, modelJob) bool
 	oursBack     func(modelRow, modelJob) bool
 	changed      func(modelJob) bool
+	timeIsLost   func(modelRow) bool // when a claim, which was to find the first time, has come to nothing
+	timeIsFound  func(modelJob) bool // when the row was changed meanwhile
 }
 
 func theProtocol() protocol {
@@ -82,8 +94,10 @@ func theProtocol() protocol {
 		oursEnd: func(r modelRow, j modelJob) bool {
 			return r.lease == j.owner && j.latest && (r.attempts == j.attempts || r.attempts == -1)
 		},
-		oursBack: func(r modelRow, j modelJob) bool { return r.lease == j.owner && j.latest && r.attempts == j.attempts },
-		changed:  func(j modelJob) bool { return j.changed },
+		oursBack:    func(r modelRow, j modelJob) bool { return r.lease == j.owner && j.latest && r.attempts == j.attempts },
+		changed:     func(j modelJob) bool { return j.changed },
+		timeIsLost:  func(r modelRow) bool { return r.attempts == 0 && r.lease != 0 },
+		timeIsFound: func(j modelJob) bool { return j.attempts > 0 },
 	}
 }
 
@@ -124,7 +138,7 @@ func (s *modelState) release(row int) {
 }
 
 // claim is store.claim for one row. slot is where the job goes; -1 when the answer is lost.
-func (s *modelState) claim(p, row, slot int) (violated string) {
+func (s *modelState) claim(p, row, slot int, by protocol) (violated string) {
 	s.each(row, func(j *modelJob) {
 		if j.live && !j.gone {
 			violated = "claimed although a lease on it lives"
@@ -132,7 +146,12 @@ func (s *modelState) claim(p, row, slot int) (violated string) {
 		j.latest = false
 	})
 	r := &s.rows[row]
-	r.attempts++
+	if row != rowScheduled || !by.timeIsLost(*r) {
+		r.attempts++
+	}
+	if row == rowScheduled && r.untimed && r.attempts > 0 {
+		violated = "runs before its first time was found"
+	}
 	r.lease, r.leased = uint8(p+1)+modelReplicas*s.age[p], true
 	s.wrote(row, nil)
 	if slot >= 0 {
@@ -161,13 +180,15 @@ func (s *modelState) write(row int, j *modelJob, by protocol) (violated string) 
 		}
 	}
 	switch {
+	case changed && row == rowScheduled && !by.timeIsFound(before):
+		r.attempts = -1
 	case changed:
 		r.attempts = min(r.attempts, 0)
 	case j.phase == hasFailed:
 		r.failed = j.attempts >= 2 // given up
 	case row == rowScheduled:
 		finished()
-		r.attempts = 0
+		r.attempts, r.untimed = 0, false
 		s.another(row)
 		r.ran = true
 	default:
@@ -199,16 +220,16 @@ func (s modelState) next(by protocol, visit func(next modelState, violated, acti
 	fault.faults--
 	fault.calm = false
 	for row, r := range s.rows {
-		live := r.exists && !r.failed && (row != rowScheduled || !r.ran || r.attempts < 0 || !r.handled)
+		live := r.exists && !r.failed && (row != rowScheduled || !r.ran || r.untimed || !r.handled)
 		for p := range s.jobs {
 			for slot, j := range s.jobs[p][row] {
 				if j.phase == noJob {
 					if live && by.mayClaim(r) {
 						n := s
-						visit(n, n.claim(p, row, slot), "replica %d claims row %d", p, row)
+						visit(n, n.claim(p, row, slot, by), "replica %d claims row %d", p, row)
 						if s.faults > 0 {
 							n := fault
-							visit(n, n.claim(p, row, -1), "replica %d claims row %d, and the answer is lost", p, row)
+							visit(n, n.claim(p, row, -1, by), "replica %d claims row %d, and the answer is lost", p, row)
 						}
 					}
 					break // the slots are alike
@@ -273,11 +294,11 @@ func (s modelState) next(by protocol, visit func(next modelState, violated, acti
 				n.another(row)
 				n.wrote(row, nil)
 			} else {
-				n.rows[row] = modelRow{exists: true}
+				n.rows[row] = inserted(row)
 			}
 			visit(n, "", "a producer writes row %d", row)
 			if row == rowScheduled && r.exists && !r.failed {
-				n.rows[row].attempts = -1
+				n.rows[row].attempts, n.rows[row].untimed = -1, true
 				visit(n, "", "a producer gives row %d another schedule", row)
 			}
 		}
@@ -312,7 +333,7 @@ func explore(by protocol, faults uint8, rows ...int) (states int, counterexample
 		start.rows[i] = notInPlay
 	}
 	for _, i := range rows {
-		start.rows[i] = modelRow{exists: true}
+		start.rows[i] = inserted(i)
 	}
 	known := map[modelState]struct{}{start: {}}
 	queue, steps := []modelState{start}, []step{{-1, ""}}
@@ -383,6 +404,8 @@ func TestClaimProtocolAsModel(t *testing.T) {
 		"give back by lease, attempts": func(p *protocol) { p.oursBack = byBoth },
 		"leases are not looked at":     func(p *protocol) { p.mayClaim = func(modelRow) bool { return true } },
 		"changed rows are deleted":     func(p *protocol) { p.changed = func(modelJob) bool { return false } },
+		"a lost claim finds the time":  func(p *protocol) { p.timeIsLost = func(modelRow) bool { return false } },
+		"a change finds the time":      func(p *protocol) { p.timeIsFound = func(modelJob) bool { return true } },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -65,8 +65,8 @@ type place struct {
 
 // args are the place as parameters.
 func (p place) args() (runAt any, id int64) {
-	if p.runAt.IsZero() {
-		return "-infinity", math.MinInt64
+	if p.runAt.IsZero() || p.runAt.Unix() <= -1<<40 { // which epoch makes of minus infinity
+		return "-infinity", cmp.Or(p.id, math.MinInt64)
 	}
 	return p.runAt, p.id
 }
