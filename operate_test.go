@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -195,7 +196,7 @@ func TestOperatorSeesColumnsOnATerminal(t *testing.T) {
 	o.add(t, "orders", retryingRow)
 	lines := strings.Split(o.onTerminal(t, "-outbox-list"), "\n")
 	if len(lines) != 4 || !slices.Equal(strings.Fields(lines[0]), []string{"ID", "CHANNEL", "STATE", "WHEN", "ATTEMPTS", "CREATED", "KEY", "SCHEDULE", "LAST", "ERROR"}) ||
-		!strings.Contains(lines[1], "orders   failed    03:00:00 ago  110") || !strings.HasSuffix(lines[1], "status 500") ||
+		!regexp.MustCompile(`orders   failed    03:00:\d\d ago  110`).MatchString(lines[1]) || !strings.HasSuffix(lines[1], "status 500") ||
 		!strings.Contains(lines[2], "orders   retrying  in 00:29:") {
 		t.Errorf("%s", strings.Join(lines, "\n"))
 	}
