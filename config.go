@@ -75,7 +75,7 @@ func (c *Config) warnings(environ []string) (all []string) {
 	for _, r := range c.routes {
 		all = append(all, r.Warnings(c.lookup, c.perChannel[r.Channel].Timeout, c.Listener.ShutdownTimeout)...)
 		if level := c.Log.Level; r.Handler == "log" && (level == "warn" || level == "error") {
-			all = append(all, fmt.Sprintf("LOG_LEVEL: it is %s, at which the handler log of channel %q writes nothing", level, r.Channel))
+			all = append(all, fmt.Sprintf("LOG_LEVEL: it is %s, at which the handler log of channel %q writes nothing; set it to info if these lines matter", level, r.Channel))
 		}
 	}
 	return append(all, env.Unknown(environ, c, &ChannelSettings{}, c.routes)...)

@@ -248,7 +248,8 @@ func (l *Listener) catchUp() {
 }
 
 // onEvent is lib/pq's callback. It runs on the goroutine that dispatches and reconnects, so it must neither call the pq.Listener
-// nor wait for long (fact 10); the loop never blocks, and after it has ended nobody waits for events.
+// nor wait for long (fact 10); the loop never blocks, and after it has ended nobody waits for events. After a failed attempt it may
+// wait as long as the dial would: without a connection there is nothing to dispatch.
 func (l *Listener) onEvent(kind pq.ListenerEventType, err error) {
 	e := event{kind: kind, err: err, at: time.Now(), heard: l.dialer.LastHeard()}
 	switch kind { // here, because lib/pq dials again as soon as this returns

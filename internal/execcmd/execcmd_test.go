@@ -193,7 +193,7 @@ func TestExecInheritsNoSecrets(t *testing.T) {
 // What a shell would do, and nobody does here, is an error and not an odd argument.
 func TestExecIsNoShell(t *testing.T) {
 	t.Parallel()
-	for _, command := range []string{"cat | wc -l", "cat > /tmp/x", "cat 2>/dev/null", "true && false", "sleep 1 ;", "cat < file", "cat &"} {
+	for _, command := range []string{"cat | wc -l", "cat > out", "cat 2>/dev/null", "true && false", "sleep 1 ;", "cat < file", "cat &"} {
 		if _, err := New(strings.Fields(command), proc.Settings{}, notify.Setup{}); err == nil || !strings.Contains(err.Error(), "no shell") {
 			t.Errorf("%s: %v", command, err)
 		}

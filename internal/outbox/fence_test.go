@@ -10,15 +10,25 @@ import (
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
 
-// TestPlaceAfterMinusInfinity: it is a time that may stand in a row, and one from which a claim may go on.
-func TestPlaceAfterMinusInfinity(t *testing.T) {
-	t.Parallel()
-	db, channel, tab := testkit.DB(t), testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+// storeOf is a store of a table and a channel of the test's own.
+func storeOf(t *testing.T) (s store, tab string) {
+	t.Helper()
+	tab = outboxTable(t, testkit.DB(t))
 	names, err := parseTable(tab)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := store{db: db, table: names, channel: channel, owner: "11111111-1111-1111-1111-111111111111", lease: time.Minute, timeout: time.Minute, bytes: 1 << 20}
+	return store{
+		db: testkit.DB(t), table: names, channel: testkit.ChannelName(t), owner: "11111111-1111-1111-1111-111111111111",
+		lease: time.Minute, timeout: time.Minute, bytes: 1 << 20,
+	}, tab
+}
+
+// TestPlaceAfterMinusInfinity: it is a time that may stand in a row, and one from which a claim may go on.
+func TestPlaceAfterMinusInfinity(t *testing.T) {
+	t.Parallel()
+	s, tab := storeOf(t)
+	db, channel, names := s.db, s.channel, s.table
 	testkit.Exec(t, db, names.sql("insert into {table} (channel, run_at) select $1, '-infinity' from generate_series(1, 2)"), channel)
 	insert(t, db, tab, channel, "the last")
 	from := place{}
@@ -38,12 +48,8 @@ func TestPlaceAfterMinusInfinity(t *testing.T) {
 // handler runs, or moves to its next time, and then the same replica may hold it with the same lease and the same attempts.
 func TestFenceSeesEveryClaim(t *testing.T) {
 	t.Parallel()
-	db, channel, tab := testkit.DB(t), testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
-	names, err := parseTable(tab)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := store{db: db, table: names, channel: channel, owner: "11111111-1111-1111-1111-111111111111", lease: time.Minute, timeout: time.Minute, bytes: 1 << 20}
+	s, _ := storeOf(t)
+	db, channel, names := s.db, s.channel, s.table
 	claim := func() job {
 		t.Helper()
 		jobs, err := s.claim(10, place{})

@@ -288,7 +288,7 @@ func (q *Queue) do(c *call.Caller, f call.Func, n notify.Notification) {
 			continue
 		case n.Attempt >= q.options.Attempts || notify.IsPermanent(err):
 			q.counts.failed++
-			q.undone = q.options.Doorbell && (!q.options.Rung || q.options.Times != nil) // else somebody else calls the handler, too
+			q.undone = q.options.Doorbell && (!q.options.Rung || q.options.Times != nil) // else others call the handler past this queue
 			q.log.Error("gave up", q.trace(n, "attempts", n.Attempt, "error", err)...)
 			return
 		}
