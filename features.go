@@ -140,6 +140,11 @@ func featureCommands() []cli.Command {
 	states := "failed|waiting"
 	states += "|scheduled" // feature: schedule
 	// end: outbox
+	// begin: health
+	ask := func(path string) func(context.Context, cli.Env) int {
+		return func(_ context.Context, e cli.Env) int { return health.Ask(e.Lookup, path, e.Stdout) }
+	}
+	// end: health
 	return []cli.Command{
 		{Flags: "-check", Usage: "try everything once, print one line per check, exit with 0 or 1", Run: checkAll}, // feature: check
 		// begin: outbox
@@ -153,12 +158,8 @@ func featureCommands() []cli.Command {
 		{Flags: "-trigger", Operands: trigger.Operands, Usage: "print the SQL of a trigger that puts each change of TABLE into the outbox, for psql or a migration", Run: printTrigger},
 		// end: outbox
 		// begin: health
-		{Flags: "-healthy", Usage: "ask the listener at HTTP_ADDR whether it is ready, and exit with 0 or 1", Run: func(_ context.Context, e cli.Env) int {
-			return health.Ask(e.Lookup, "/readyz", e.Stdout)
-		}},
-		{Flags: "-alive", Usage: "ask it whether its loop turns, which is what a liveness probe is for; exit with 0 or 1", Run: func(_ context.Context, e cli.Env) int {
-			return health.Ask(e.Lookup, "/livez", e.Stdout)
-		}},
+		{Flags: "-healthy", Usage: "ask the listener at HTTP_ADDR whether it is ready, and exit with 0 or 1", Run: ask("/readyz")},
+		{Flags: "-alive", Usage: "ask it whether its loop turns, which is what a liveness probe is for; exit with 0 or 1", Run: ask("/livez")},
 		// end: health
 	}
 }
@@ -192,10 +193,8 @@ func printSchema(_ context.Context, e cli.Env) int {
 	if err != nil {
 		return e.Fail(err, cli.Usage)
 	}
-	if _, err = io.WriteString(e.Stdout, sql); err != nil {
-		return e.Fail(err, cli.Failed)
-	}
-	return cli.OK
+	_, err = io.WriteString(e.Stdout, sql)
+	return e.Fail(err, cli.Failed)
 }
 
 // operate makes a command of one that a person gives about rows.
@@ -221,10 +220,7 @@ func printTrigger(_ context.Context, e cli.Env) int {
 	} else if !ok {
 		return cli.Usage
 	}
-	if err := trigger.Print(cfg.dsn(), cfg.Listener.PingTimeout, box, options, e.Stdout); err != nil {
-		return e.Fail(err, cli.Failed)
-	}
-	return cli.OK
+	return e.Fail(trigger.Print(cfg.dsn(), cfg.Listener.PingTimeout, box, options, e.Stdout), cli.Failed)
 }
 
 // end: outbox
@@ -232,7 +228,7 @@ func printTrigger(_ context.Context, e cli.Env) int {
 // watch connects what watches l while it runs. ends are to be called when it has stopped.
 func watch(l *Listener, p loaded, lookup env.Lookuper) (ends []func(), err error) {
 	l.Beat, l.OnBeat = sdnotify.Start(l.Beat, lookup, p.log) // feature: sdnotify
-	var root http.Handler                                    // feature: health
+	root := http.NotFoundHandler()                           // feature: health
 	// begin: page
 	if p.cfg.Features.Health.Addr != "" {
 		s := page.Source{Version: cli.Version(), Alive: l.Alive, Hears: l.Hears, Stats: l.Stats}

@@ -28,7 +28,7 @@ import (
 // web serves a Listener's health and returns a function that gets a path.
 func (r *running) web(t *testing.T) func(path string) (code int, body string) {
 	t.Helper()
-	h, err := health.Serve(health.Settings{Addr: "127.0.0.1:0"}, nil, r.listener, cli.Version(), r.Logger())
+	h, err := health.Serve(health.Settings{Addr: "127.0.0.1:0"}, http.NotFoundHandler(), r.listener, cli.Version(), r.Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -156,7 +156,7 @@ func TestMetricsCountFaults(t *testing.T) {
 func TestHealthIsReadOnly(t *testing.T) {
 	t.Parallel()
 	r := start(t, fast(testkit.DSN(t), testkit.ChannelName(t)+"=test"), nil).listening(t)
-	h, err := health.Serve(health.Settings{Addr: "127.0.0.1:0"}, nil, r.listener, cli.Version(), r.Logger())
+	h, err := health.Serve(health.Settings{Addr: "127.0.0.1:0"}, http.NotFoundHandler(), r.listener, cli.Version(), r.Logger())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,7 +15,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall" // feature: schedule
+	"sync/atomic" // feature: schedule
+	"syscall"     // feature: schedule
 	"testing"
 	"time"
 
@@ -666,6 +667,39 @@ func TestScheduleOfADoorbellIsForgotten(t *testing.T) {
 	p.exit(t, cli.OK, stopBound)
 	if lines := p.All("could not look"); len(lines) > 0 {
 		t.Error(lines)
+	}
+}
+
+// TestFiguresOfADoorbellWithARow: the runs that are rung and those of the schedule are both counted, and each once.
+func TestFiguresOfADoorbellWithARow(t *testing.T) {
+	t.Parallel()
+	o, channel := newOperator(t), testkit.ChannelName(t)
+	var refuse atomic.Bool
+	r := start(t, fast(testkit.DSN(t), channel+"=doorbell:work", vars{
+		"OUTBOX_TABLE": o.tab, strings.ToUpper(channel) + "_SCHEDULE": "@every 1s", "OUTBOX_ATTEMPTS": "1",
+	}), with("work", notify.HandlerFunc(func(context.Context, notify.Notification) error {
+		if refuse.Load() {
+			return notify.Permanent(errors.New("no"))
+		}
+		return nil
+	}))).listening(t)
+	figure := func(result, by string) (value float64) {
+		for _, s := range r.listener.Stats() {
+			if s.Name == "pglistener_items_total" && slices.Contains(s.Labels, result) && slices.Contains(s.Labels, "by") == (by != "") {
+				value += s.Value
+			}
+		}
+		return value
+	}
+	testkit.Eventually(t, "the runs of the schedule are not counted", func() bool { return figure("done", "schedule") >= 2 })
+	testkit.Send(t, channel, "")
+	testkit.Eventually(t, "a run that was rung is not counted", func() bool { return figure("done", "") == 1 })
+	refuse.Store(true)
+	testkit.Send(t, channel, "")
+	testkit.Eventually(t, "a run that was rung and given up is not counted", func() bool { return figure("failed", "") == 1 })
+	testkit.Eventually(t, "a run of the schedule that was given up is not counted", func() bool { return figure("failed", "schedule") >= 1 })
+	if done, failed := figure("done", ""), figure("failed", ""); done != 1 || failed != 1 {
+		t.Errorf("%v done and %v failed that were rung, want one of each", done, failed)
 	}
 }
 

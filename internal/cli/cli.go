@@ -26,8 +26,11 @@ type Env struct {
 	Operands       []string // what follows the flag on the command line
 }
 
-// Fail prints err, a line for each of those that are joined in it, and returns the exit code.
+// Fail prints err, a line for each of those that are joined in it, and returns the exit code: that of success without one.
 func (e Env) Fail(err error, code int) int {
+	if err == nil {
+		return OK
+	}
 	for line := range strings.Lines(err.Error()) {
 		fmt.Fprintln(e.Stderr, "pglistener:", strings.TrimSuffix(line, "\n"))
 	}

@@ -67,9 +67,5 @@ func with(dsn, key, value string) string {
 	if !strings.HasPrefix(dsn, "postgres://") && !strings.HasPrefix(dsn, "postgresql://") {
 		return key + "=" + value + " " + dsn
 	}
-	separator := "?"
-	if strings.Contains(dsn, "?") {
-		separator = "&"
-	}
-	return dsn + separator + key + "=" + value
+	return dsn + map[bool]string{false: "?", true: "&"}[strings.Contains(dsn, "?")] + key + "=" + value
 }

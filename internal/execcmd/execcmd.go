@@ -45,8 +45,7 @@ func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 		"PGLISTENER_RUN_AT="+proc.Stamp(n.RunAt),
 	)
 	cmd.Stdin = strings.NewReader(n.Payload) // a program that does not read it is no error to os/exec
-	stdout := &proc.Output{Log: h.setup.Log, Stream: "stdout"}
-	stderr := &proc.Output{Log: h.setup.Log, Stream: "stderr"}
+	stdout, stderr := &proc.Output{Log: h.setup.Log, Stream: "stdout"}, &proc.Output{Log: h.setup.Log, Stream: "stderr"}
 	defer stdout.Flush()
 	defer stderr.Flush()
 	cmd.Stdout, cmd.Stderr = stdout, stderr

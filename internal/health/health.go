@@ -41,8 +41,8 @@ type Server struct {
 	served sync.WaitGroup
 }
 
-// Serve serves the address of the settings on a goroutine of its own, or does nothing if there is none. root answers GET / unless
-// it is nil, version is shown as a metric's label, more adds figures. The Server is never nil.
+// Serve serves the address of the settings on a goroutine of its own, or does nothing if there is none. root answers GET /,
+// version is shown as a metric's label, more adds figures. The Server is never nil.
 func Serve(at Settings, root http.Handler, source Source, version string, log *slog.Logger, more ...notify.Meter) (*Server, error) {
 	s := &Server{}
 	if at.Addr == "" {
@@ -53,9 +53,7 @@ func Serve(at Settings, root http.Handler, source Source, version string, log *s
 		return s, fmt.Errorf("HTTP_ADDR: %w", err)
 	}
 	mux := http.NewServeMux()
-	if root != nil {
-		mux.Handle("GET /{$}", root)
-	}
+	mux.Handle("GET /{$}", root)
 	mux.HandleFunc("GET /livez", answer(source.Alive)) // GET includes HEAD
 	mux.HandleFunc("GET /readyz", answer(source.Ready))
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {

@@ -199,9 +199,7 @@ func (w *Writer) finish(l *line, err error) {
 	case err != nil && !l.sure:
 		w.dropped++
 	}
-	if w.size == 0 {
-		w.stuck = false
-	}
+	w.stuck = w.stuck && w.size > 0
 	l.done <- err
 }
 

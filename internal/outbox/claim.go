@@ -120,11 +120,7 @@ func (o *Outbox) room() (rows int, wait time.Duration) {
 		return 1, 0
 	}
 	// Slow jobs are claimed as slots come free, quick ones ahead, so that a round trip to the server is not what they wait for.
-	ahead := prefetchRows
-	if o.handling > 0 {
-		ahead = min(ahead, int(time.Duration(o.options.Concurrency)*prefetchTime/o.handling))
-	}
-	ahead = min(ahead, int(o.store.bytes)/(o.size+rowBytes))
+	ahead := min(prefetchRows, int(time.Duration(o.options.Concurrency)*prefetchTime/max(o.handling, 1)), int(o.store.bytes)/(o.size+rowBytes))
 	if o.calls.OK+o.calls.Failed == 0 {
 		ahead = 0 // nothing is known yet
 	}

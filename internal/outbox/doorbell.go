@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -43,6 +44,15 @@ func NewDoorbell(h notify.Handler, pool *Pool, options Options, setup notify.Set
 
 // Handle implements notify.Handler: the doorbell was rung.
 func (d doorbell) Handle(ctx context.Context, n notify.Notification) error { return d.handle(ctx, n) }
+
+// Stats implements notify.Meter. The runs that are rung are in the figures of the queue, which have the same names.
+func (d doorbell) Stats() []notify.Stat {
+	stats := d.Outbox.Stats()
+	for i := range stats {
+		stats[i].Labels = append(slices.Clip(stats[i].Labels), "by", "schedule")
+	}
+	return stats
+}
 
 // scheduleChannel is the channel of the row of a doorbell.
 func scheduleChannel(doorbell string) string { return notify.Cut(doorbell, 54) + " schedule" }

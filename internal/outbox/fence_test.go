@@ -36,7 +36,7 @@ func TestPlaceAfterMinusInfinity(t *testing.T) {
 		if wait, _, _, err := s.nextDue(from); err != nil || wait > 0 {
 			t.Fatalf("%d: next in %v, %v", i, wait, err)
 		}
-		jobs, err := s.claim(1, from)
+		jobs, err := s.claim(1, from, 0)
 		if err != nil || len(jobs) != 1 || (jobs[0].payload == "the last") != (i == 2) {
 			t.Fatalf("%d: %+v, %v", i, jobs, err)
 		}
@@ -52,7 +52,7 @@ func TestFenceSeesEveryClaim(t *testing.T) {
 	db, channel, names := s.db, s.channel, s.table
 	claim := func() job {
 		t.Helper()
-		jobs, err := s.claim(10, place{})
+		jobs, err := s.claim(10, place{}, 0)
 		if err != nil || len(jobs) != 1 {
 			t.Fatalf("%d rows claimed: %v", len(jobs), err)
 		}

@@ -15,11 +15,7 @@ import (
 
 // How many rows are listed: what a person may look through, or what a program may want. Up to moreRows of a channel are counted
 // besides.
-const (
-	screenRows  = 100
-	programRows = 1000
-	moreRows    = 1000
-)
+const screenRows, programRows, moreRows = 100, 1000, 1000
 
 // list shows the rows of what: columns on a terminal, otherwise lines of JSON.
 func (p Operator) list(s store, what selection) error {

@@ -164,7 +164,7 @@ func TestLockedTableCollectsNoSessions(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	// A claim that begins where the last one ended does not wait for long either.
-	if _, err := r.store.claim(1, place{runAt: time.Now()}); pq.As(err, pqerror.LockNotAvailable) == nil {
+	if _, err := r.store.claim(1, place{runAt: time.Now()}, 0); pq.As(err, pqerror.LockNotAvailable) == nil {
 		t.Errorf("%v", err)
 	}
 	unlock()
@@ -415,4 +415,31 @@ func TestSlowCountLetsClaimsHaveATurn(t *testing.T) {
 		t.Errorf("the next one is in %v: %v", next, err)
 	}
 	unlock()
+}
+
+// TestClaimsThatTakeLong: rows that come later than they may be begun are given back once, and not for ever.
+func TestClaimsThatTakeLong(t *testing.T) {
+	t.Parallel()
+	db, channel, tab := testkit.DB(t), testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	testkit.Exec(t, db, `create or replace function "`+tab+`_slow"() returns trigger language plpgsql
+		as 'begin perform pg_sleep(0.5); return new; end'`)
+	testkit.Exec(t, db, `create trigger slow before update on "`+tab+`" for each row when (old.lease is null and new.lease is not null) execute function "`+tab+`_slow"()`)
+	insert(t, db, tab, channel, "x")
+	var left atomic.Int64 // of the lease, when the handler begins
+	var lease time.Duration
+	r := run(t, config{table: tab, tweak: func(o *Outbox) { o.margin, lease = 200*time.Millisecond, o.store.lease }},
+		notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
+			var seconds float64
+			err := db.QueryRowContext(ctx, `select extract(epoch from leased_until - clock_timestamp())::float8 from "`+tab+`"`).Scan(&seconds)
+			left.Store(int64(seconds * float64(time.Second)))
+			return err
+		}))
+	emptied(t, db, tab)
+	if got := time.Duration(left.Load()); got < lease {
+		t.Errorf("%v of the lease are left, want %v at least, although the claim took longer than it may", got, lease)
+	}
+	r.stop()
+	if back := stat(r, "pglistener_items_total", "given_back"); back != 1 {
+		t.Errorf("%v rows were given back, want 1", back)
+	}
 }

@@ -53,9 +53,10 @@ type Outbox struct {
 	wake chan struct{} // capacity 1: there may be something due
 
 	// These are used by the claimer's goroutine only.
-	kept time.Time // when it last made sure of the row of NAME_SCHEDULE
-	scan scan
-	hire func() // starts a worker
+	kept  time.Time // when it last made sure of the row of NAME_SCHEDULE
+	scan  scan
+	slack time.Duration // that the next claim lasts longer, by how long its rows may be on their way and it may wait for a connection
+	hire  func()        // starts a worker
 
 	mu       sync.Mutex    // guards what follows
 	buffer   []job         // claimed, not begun; in order
@@ -93,7 +94,7 @@ type job struct {
 	runAt    time.Time
 	due      time.Time // since when it has been due, failures apart: the nominal time of a schedule
 	try      bool      // claimed to find out whether the receiver is back
-	claimed  time.Time // by our own clock, which never runs further than the lease
+	claimed  time.Time // by our own clock, which never runs further than the lease; later by what that has of slack
 }
 
 // result is what became of a job.

@@ -684,7 +684,7 @@ func TestClaimIsBoundedInBytes(t *testing.T) {
 		}
 		s := r.store
 		s.channel = "other"
-		claimed, err := s.claim(100, place{})
+		claimed, err := s.claim(100, place{}, 0)
 		if err != nil {
 			t.Fatal(err)
 		}

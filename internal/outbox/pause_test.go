@@ -236,3 +236,35 @@ func pausedFor(d time.Duration, cause error) (b retry.Breaker) {
 	}
 	return b
 }
+
+// TestPauseEndsWhenNothingIsLeft: what there was to try is done by others, so that no try of its own could end the pause.
+func TestPauseEndsWhenNothingIsLeft(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	h := &receiver{done: map[string]int{}}
+	h.away.Store(true)
+	fill(t, tab, channel, 5)
+	r := run(t, config{table: tab, attempts: 100}, h)
+	r.Wait(t, "channel paused", 1)
+	r.mu.Lock()
+	r.breaker = pausedFor(2*time.Minute, errors.New("connection refused"))
+	r.mu.Unlock()
+	testkit.Eventually(t, "the rows that found out are not written", func() bool {
+		var n int
+		err := testkit.DB(t).QueryRow(`select count(*) from "` + tab + `" where last_error is not null`).Scan(&n)
+		return err == nil && n == 3
+	})
+	// While there is one that waits for its next attempt, it stays.
+	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`" where last_error is null; update "`+tab+`" set run_at = now() + interval '1 hour'`)
+	counted := func() time.Time { r.mu.Lock(); defer r.mu.Unlock(); return r.counts.counted }
+	since := counted()
+	testkit.Eventually(t, "it does not count", func() bool { return counted().After(since) })
+	if r.Ready() == nil || len(r.All("channel resumed")) > 0 {
+		t.Fatal("the pause has ended although rows wait for their next attempt")
+	}
+	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`"`) // as another replica does, or a person
+	testkit.Eventually(t, "paused although nothing is left", func() bool { return r.Ready() == nil && stat(r, "pglistener_channel_paused", "") == 0 })
+	if lines := r.All("channel resumed: others have done"); len(lines) != 1 || lines[0]["paused_for"].(float64) < float64(2*time.Minute) {
+		t.Errorf("%v", lines)
+	}
+}

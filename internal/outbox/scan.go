@@ -28,9 +28,7 @@ func (s *scan) interval() time.Duration { return max(scanPause, scanBalance*s.co
 func (s *scan) overdue() bool           { return time.Since(s.looked) >= s.interval() }
 
 // short says whether the next claim is to begin where the last one ended.
-func (s *scan) short() bool {
-	return s.held && !s.from.runAt.IsZero() && (s.drained || !s.overdue())
-}
+func (s *scan) short() bool { return s.held && !s.from.runAt.IsZero() && (s.drained || !s.overdue()) }
 
 // again is when everything is to be looked at again, come what may.
 func (s *scan) again() time.Duration {
@@ -50,15 +48,18 @@ func (o *Outbox) look(room int, short bool) (claimed int, next time.Duration, er
 	if short {
 		from = s.from
 	}
-	jobs, err := o.store.claim(room, from)
-	dear := time.Since(began) > dearClaim+time.Duration(len(jobs))*perRow
+	jobs, err := o.store.claim(room, from, o.slack)
+	took := time.Since(began)
+	if len(jobs) > 0 {
+		o.slack = min(2*took, time.Hour)
+	}
+	dear := took > dearClaim+time.Duration(len(jobs))*perRow
 	if err != nil { // what it has claimed all the same comes due again
 		return 0, 0, err
 	}
 	o.push(jobs)
 	if s.drained = len(jobs) < room; s.drained {
 		var now time.Time
-		var took time.Duration
 		if next, now, took, err = o.store.nextDue(from); err != nil {
 			return len(jobs), 0, err
 		}

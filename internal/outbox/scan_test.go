@@ -146,7 +146,7 @@ func TestDeadRowsAreReadOnce(t *testing.T) {
 		insert(t, db, "outbox", "other", "row")
 		other := r.store
 		other.channel = "other"
-		jobs, err := other.claim(1, place{runAt: time.Now().Add(time.Hour)})
+		jobs, err := other.claim(1, place{runAt: time.Now().Add(time.Hour)}, 0)
 		return err == nil && len(jobs) == 1
 	})
 

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -453,4 +454,34 @@ func TestLockedScheduleHoldsUpNoClaim(t *testing.T) {
 	if err := again.Ready(); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestOneResultHoldsUpNoOther: what the server refuses of one row, for want of a right, is tried again beside the others.
+func TestOneResultHoldsUpNoOther(t *testing.T) {
+	t.Parallel()
+	db, channel, tab := testkit.DB(t), testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	role := "r" + strconv.FormatInt(time.Now().UnixNano(), 36)
+	testkit.Exec(t, db, `create role `+role+` login password 'x'; grant select, update, delete on "`+tab+`" to `+role)
+	t.Cleanup(func() { _, _ = db.Exec(`revoke all on "` + tab + `" from ` + role + `; drop role ` + role) })
+	testkit.Exec(t, db, `insert into "`+tab+`" (channel, payload, schedule, attempts) values ($1, 'refused', '@every 1h', 0)`, channel)
+	testkit.Exec(t, db, `update "`+tab+`" set attempts = 0, run_at = now() - interval '1 minute'`)
+	r := runScheduled(t, config{dsn: testkit.WithUser(testkit.DSN(t), role, "x"), table: tab, attempts: 1, tweak: func(o *Outbox) { o.options.Schedule = "" }},
+		notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+			if n.Payload == "refused" {
+				return errors.New("no")
+			}
+			return nil
+		}))
+	line := r.Wait(t, "results of the outbox cannot be written", 1)
+	if !strings.Contains(fmt.Sprint(line["hint"]), "insert") {
+		t.Errorf("%v", line)
+	}
+	insert(t, db, tab, channel, "a")
+	testkit.Exec(t, db, `insert into "`+tab+`" (channel, payload, key) values ($1, 'b', 'b')`, channel)
+	testkit.Eventually(t, "one result that is refused holds up others", func() bool { return rowCount(t, db, tab) == 1 })
+	if err := r.Ready(); err == nil || !strings.Contains(err.Error(), "permission denied") {
+		t.Errorf("a result cannot be written, and Ready says %v", err)
+	}
+	testkit.Exec(t, db, `grant insert on "`+tab+`" to `+role)
+	testkit.Eventually(t, "it is not written although the right is there", func() bool { return r.Ready() == nil && rowCount(t, db, tab) == 2 })
 }

@@ -49,6 +49,20 @@ create index if not exists {due} on {table} (channel, run_at, id) where failed_a
 create index if not exists {failed} on {table} (channel, failed_at) where failed_at is not null;
 create unique index if not exists {key} on {table} (channel, key) where failed_at is null;
 
+-- "if not exists" passes over whatever has the name already.
+do $pglistener$
+declare
+	missing text;
+begin
+	select string_agg(name, ', ') into missing from unnest(array[{indexes}]) name
+	where not exists (select from pg_catalog.pg_index i join pg_catalog.pg_class c on c.oid = i.indexrelid
+		where i.indrelid = {name}::regclass and '"' || replace(c.relname, '"', '""') || '"' = name);
+	if missing is not null then
+		raise exception 'the index % was not made, for something else has its name', missing
+			using hint = 'Rename what has it, and run this again: without the index the outbox is slow, or a key is not unique.';
+	end if;
+end $pglistener$;
+
 -- NOTIFY has no payload, because the row is the truth. It is sent once for each statement and channel. If some channels are swept, it
 -- is sent for each row of the others instead: a condition on rows is cheaper than keeping what a statement has inserted.
 create or replace function {notify}() returns trigger language plpgsql as $$

@@ -36,12 +36,11 @@ func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 		c.counted = time.Now()
 	}
 	next = time.Until(c.counted.Add(max(countInterval, 100*c.took)))
-	changed := c.changed || c.counted.IsZero() || len(o.health.retrying) > 0 || o.running > 0
+	if !c.changed && !c.counted.IsZero() && len(o.health.retrying) == 0 && o.running == 0 && !o.breaker.Open() {
+		next = time.Hour
+	}
 	retrying := slices.Collect(maps.Keys(o.health.retrying))
 	o.mu.Unlock()
-	if !changed {
-		return time.Hour, nil
-	}
 	if next > 0 {
 		return next, nil
 	}
@@ -60,6 +59,9 @@ func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 	maps.DeleteFunc(o.health.retrying, func(id int64, _ time.Time) bool { // another replica, or a person, may have ended it
 		return slices.Contains(retrying, id) && !slices.Contains(alive, id)
 	})
+	if o.breaker.Open() && rows.due+o.running+len(o.buffer)+len(o.results)+len(o.health.retrying) == 0 {
+		o.log.Info("channel resumed: others have done what there was, and nothing is left to try", "paused_for", o.breaker.Succeed(time.Now()).Round(time.Millisecond))
+	}
 	return countInterval, nil
 }
 

@@ -71,11 +71,12 @@ func (p place) args() (runAt any, id int64) {
 	return p.runAt, p.id
 }
 
-// claim takes up to n due rows after a place, but no more once their payloads have s.bytes.
-func (s store) claim(n int, from place) ([]job, error) {
-	began, jobs := time.Now(), make([]job, 0, min(n, 100))
+// claim takes up to n due rows after a place, but no more once their payloads have s.bytes. It lasts longer by slack, as if it had been
+// made so much later.
+func (s store) claim(n int, from place, slack time.Duration) ([]job, error) {
+	began, jobs := time.Now().Add(slack), make([]job, 0, min(n, 100))
 	runAt, id := from.args()
-	err := s.after(from, claimSQL, []any{s.channel, n, s.lease.Seconds(), s.owner, runAt, id, s.bytes}, func(rows *sql.Rows) error {
+	err := s.after(from, claimSQL, []any{s.channel, n, (s.lease + slack).Seconds(), s.owner, runAt, id, s.bytes}, func(rows *sql.Rows) error {
 		j := job{claimed: began}
 		err := rows.Scan(&j.id, &j.event, &j.payload, &j.attempts, &j.schedule, &j.keyed, &j.xmin, &j.until,
 			(*epoch)(&j.runAt), (*epoch)(&j.due), (*epoch)(&j.created))

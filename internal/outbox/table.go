@@ -44,6 +44,7 @@ func parseTable(s string) (table, error) {
 		"{table}", schema+pq.QuoteIdentifier(name),
 		"{due}", with("_due"), "{failed}", with("_failed"), "{key}", with("_key"), // indexes
 		"{schedule}", with("_schedule"), "{touch}", with("_touch"), "{trigger}", with("_notify"), // triggers
+		"{indexes}", pq.QuoteLiteral(with("_due"))+", "+pq.QuoteLiteral(with("_failed"))+", "+pq.QuoteLiteral(with("_key")), "{name}", pq.QuoteLiteral(schema+pq.QuoteIdentifier(name)),
 		"{change}", schema+with("_change"), "{notify}", schema+with("_notify"), // functions
 		"{and usage}", usage,
 		"{state}", stateSQL,

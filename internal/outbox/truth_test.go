@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/lib/pq"
+
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 	"github.com/pglistener/pglistener/internal/retry"
@@ -387,5 +389,42 @@ func TestUpgradeKeepsTheNumbers(t *testing.T) {
 	emptied(t, db, tab)
 	if len(s.list) != 2 || s.list[0].ID() != fmt.Sprint(old) || len(s.list[1].ID()) != 36 {
 		t.Errorf("%+v", s.list)
+	}
+}
+
+// TestSchemaSaysWhatItCouldNotMake: an index whose name is another's is not left out in silence.
+func TestSchemaSaysWhatItCouldNotMake(t *testing.T) {
+	t.Parallel()
+	db := testkit.DB(t)
+	for _, name := range []string{testkit.ChannelName(t) + "_1", "odd '$$' \"name\" " + testkit.ChannelName(t)[:20]} {
+		if name = strings.ReplaceAll(name, `"`, ""); len(name) > 50 {
+			name = name[len(name)-50:]
+		}
+		dropLater(t, db, name)
+		for _, suffix := range []string{"_due", "_failed", "_key"} {
+			testkit.Exec(t, db, `create table "`+name+suffix+`" (a int)`)
+			sql, err := Schema(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = db.Exec(sql)
+			if e := pq.As(err); e == nil || e.Message != `the index "`+name+suffix+`" was not made, for something else has its name` || !strings.Contains(e.Hint, "run this again") {
+				t.Errorf("%s: %v", suffix, err)
+			}
+			testkit.Exec(t, db, `drop table "`+name+suffix+`"`)
+		}
+		// The name of an index of another table.
+		testkit.Exec(t, db, `create table "`+name+`" (id bigint); create index "`+name+`_due" on "`+name+`" (id); alter table "`+name+`" rename to "`+name+`_2"`)
+		dropLater(t, db, name+"_2")
+		sql, err := Schema(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err = db.Exec(sql); err == nil || !strings.Contains(err.Error(), `the index "`+name+`_due" was not made`) {
+			t.Errorf("the name of another table's index: %v", err)
+		}
+		testkit.Exec(t, db, `drop table "`+name+`_2"`)
+		makeOutbox(t, db, name) // again, with the error mended
+		makeOutbox(t, db, name)
 	}
 }

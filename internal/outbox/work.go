@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -86,16 +87,14 @@ func (o *Outbox) judge(j job, err error) (blamed bool) {
 		o.health.failingSince = now
 	}
 	switch {
-	case notify.IsUnavailable(err) && o.breaker.Open() && !j.try:
-		return false // it began before the pause, and is no try
+	case o.breaker.Open() && (notify.IsUnavailable(err) && !j.try || call.Kind(err) == "timeout"):
+		return false // it began before the pause, and is no try; or it says nothing of the receiver, and nothing of the row
 	case notify.IsUnavailable(err):
 		opened, wasOpen := o.breaker.Fail(j.event, err, now)
 		if opened || wasOpen && retry.IsPowerOfTwo(o.breaker.Tries()) {
 			o.log.Warn(call.Paused, "tries", o.breaker.Tries(), "error", err)
 		}
 		return !wasOpen
-	case call.Kind(err) == "timeout" && o.breaker.Open():
-		return false // it says nothing of the receiver, and nothing of the row
 	case err == nil, o.breaker.Open(): // it has answered
 		if paused := o.breaker.Succeed(now); paused > 0 {
 			o.log.Info(call.Resumed, "paused_for", paused.Round(time.Millisecond))
@@ -114,6 +113,20 @@ func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 	var failures retry.Failures
 	pause := retry.Backoff{Min: 100 * time.Millisecond, Max: 5 * time.Second}
 	var again <-chan time.Time
+	// take returns results with those that have come meanwhile: what the server refuses may be one row. But no more than room allows for.
+	take := func(results []result) []result {
+		o.mu.Lock()
+		stale := o.stale
+		if o.stale = nil; len(results) <= prefetchRows {
+			results, o.results, o.locked = slices.Concat(results, o.results, o.locked), nil, nil
+		}
+		o.mu.Unlock()
+		if len(results) > prefetchRows {
+			retry.Nudge(o.taken) // see room
+		}
+		o.giveBack(stale)
+		return results
+	}
 	for ended := false; !ended; {
 		select {
 		case <-o.written:
@@ -121,15 +134,7 @@ func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 		case <-last:
 			ended = true
 		}
-		o.mu.Lock()
-		results, stale := append(o.results, o.locked...), o.stale
-		o.results, o.locked, o.stale = nil, nil, nil
-		o.mu.Unlock()
-		if len(results) > prefetchRows {
-			retry.Nudge(o.taken) // see room
-		}
-		o.giveBack(stale)
-		for len(results) > 0 {
+		for results := take(nil); len(results) > 0; results = take(results) {
 			rest, err := o.finish(results)
 			results = rest
 			o.mu.Lock()
@@ -175,19 +180,20 @@ func (o *Outbox) giveBack(jobs []job) {
 // finish writes results: it deletes the rows that are done, and sets when the others run again or that they have failed. Rows
 // whose lease was lost stay as they are. It returns the results that could not be written.
 func (o *Outbox) finish(results []result) (rest []result, err error) {
-	simple := map[int][]result{} // by attempts, which is nearly always 1
-	var others []result
+	simple := map[int][]result{}  // by attempts, which is nearly always 1
+	others := map[bool][]result{} // by whether they are copied if they are given up, for which there may be no right
 	for _, r := range results {
 		if r.err == nil && !r.keyed && r.schedule == "" {
 			simple[r.attempts] = append(simple[r.attempts], r)
 		} else {
-			others = append(others, r)
+			copied := r.err != nil && r.schedule != ""
+			others[copied] = append(others[copied], r)
 		}
 	}
 	for attempts, group := range simple {
 		switch n, e := o.store.complete(group, attempts); {
 		case pq.As(e, pqerror.LockNotAvailable) != nil:
-			others = append(others, group...) // end passes over what is locked
+			others[false] = append(others[false], group...) // end passes over what is locked
 		case e != nil:
 			rest, err = append(rest, group...), e
 		default:
@@ -199,9 +205,9 @@ func (o *Outbox) finish(results []result) (rest []result, err error) {
 			o.mu.Unlock()
 		}
 	}
-	if len(others) > 0 {
-		if e := o.end(others); e != nil {
-			return append(rest, others...), e
+	for _, group := range others {
+		if e := o.end(group); e != nil {
+			rest, err = append(rest, group...), e
 		}
 		o.poke() // the claimer may sleep until later
 	}

@@ -63,12 +63,16 @@ func (w *world) stats() (all []notify.Stat) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for key, value := range w.figures {
+		key, scheduled := strings.CutSuffix(key, " by schedule")
 		s := notify.Stat{Name: "pglistener_" + key, Value: value}
 		if channel, name, ok := strings.Cut(key, ":"); ok {
 			name, label, _ := strings.Cut(name, " ")
 			s.Name, s.Labels = "pglistener_"+name, []string{"channel", channel}
 			if label != "" {
 				s.Labels = append(s.Labels, "label", label)
+			}
+			if scheduled {
+				s.Labels = append(s.Labels, "by", "schedule")
 			}
 		}
 		all = append(all, s)
@@ -429,8 +433,9 @@ func TestLastHourAndSinceWhen(t *testing.T) {
 		}
 		work := func(done, failed float64, took time.Duration) {
 			w.set(func() {
-				w.figures["orders:items_total done"] += done
-				w.figures["orders:handler_failures_total"] += failed
+				w.figures["orders:items_total done"] += done - 1
+				w.figures["orders:items_total done by schedule"]++ // as of a doorbell that also has a row
+				w.figures["orders:handler_failures_total by schedule"] += failed
 				h := w.calls["orders"]
 				h.Count, h.Sum = h.Count+uint64(done+failed), h.Sum+took
 				w.calls["orders"] = h

@@ -52,7 +52,8 @@ type Recorder struct {
 	view     view
 }
 
-// figures are by the name of the metric without pglistener_, and a blank and the value of the label that it has besides channel.
+// figures are by the name of the metric without pglistener_, and a blank and the value of the label that it has besides channel. Those
+// of a doorbell's schedule are added to those of its own.
 type figures map[string]float64
 
 // condition is why something is not as it should be, or nil, and since when.
@@ -126,22 +127,22 @@ func (r *Recorder) Start(s Source) (end func()) {
 
 // look takes down how things stand. Who calls it holds turn, so that figures are added in the order in which they were read.
 func (r *Recorder) look() {
-	by := map[string]figures{"": {}} // by channel, none of which has the empty name
+	by := map[string]figures{} // by channel, and of all together under "", which is the name of none
 	for _, s := range r.view.Source.Stats() {
 		name, key := "", strings.TrimPrefix(s.Name, "pglistener_")
 		if len(s.Labels) >= 2 && s.Labels[0] == "channel" {
 			name = s.Labels[1]
 		}
-		if len(s.Labels) >= 4 {
+		if len(s.Labels) >= 4 && s.Labels[2] != "by" {
 			key += " " + s.Labels[3]
 		}
-		if by[name] == nil {
-			by[name] = figures{}
+		for _, of := range slices.Compact([]string{"", name}) {
+			if by[of] == nil {
+				by[of] = figures{}
+			}
+			by[of][key] += s.Value + float64(s.Histogram.Count)
+			by[of][key+" sum"] += s.Histogram.Sum.Seconds()
 		}
-		value := s.Value + float64(s.Histogram.Count)
-		by[""][key] += value
-		by[name][key] = value
-		by[name][key+" sum"] = s.Histogram.Sum.Seconds()
 	}
 	v, now := &r.view, time.Now()
 	hears := v.Source.Hears()

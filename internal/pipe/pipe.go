@@ -3,6 +3,7 @@
 package pipe
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -212,10 +213,8 @@ func (h *handler) bury(p *program, last string) {
 	var again []*item
 	for _, it := range slices.Clone(p.sent) {
 		switch {
-		case it == culprit && p.hung != nil:
-			h.finish(it, fmt.Errorf("%s: no answer: %w", h.path, p.hung))
 		case it == culprit:
-			h.finish(it, fmt.Errorf("%s: no answer: the program %s", h.path, h.down))
+			h.finish(it, fmt.Errorf("%s: no answer: %w", h.path, cmp.Or(p.hung, errors.New("the program "+h.down))))
 		case it.late != nil:
 			h.finish(it, it.late)
 		default:

@@ -65,9 +65,7 @@ func (h *handler) understand(line []byte) (id, problem string, result error) {
 		text = cmp.Or(strings.ToValidUTF8(notify.Cut(*a.Error, 2000), "?"), "it answered that it is not ok, and not why")
 	}
 	result = fmt.Errorf("%s: %w", h.path, errors.New(text))
-	if a.RetryAfter > 0 {
-		result = notify.RetryAfter(result, time.Duration(min(a.RetryAfter, 24*3600)*float64(time.Second)))
-	}
+	result = notify.RetryAfter(result, time.Duration(max(0, min(a.RetryAfter, 24*3600))*float64(time.Second))) // 0 is none
 	if a.Permanent {
 		result = notify.Permanent(result)
 	}

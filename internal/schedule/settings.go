@@ -28,16 +28,17 @@ func (s Settings) Clock() *Clock {
 }
 
 // Clock says when the times of a schedule come, by this machine's clock. Times that were missed, because the clock was set
-// forward or the machine slept, are made up for once; none is repeated when it is set back. It is used by one goroutine at a
-// time.
+// forward or the machine slept, are made up for once; none is repeated when it is set back, unless it was wrong by more than three hours.
+// It is used by one goroutine at a time.
 type Clock struct {
 	times func(nominal, now time.Time) time.Time
 	wall  func() time.Time
 	next  time.Time
+	asked time.Time // when Due last was
 }
 
 func newClock(times func(nominal, now time.Time) time.Time, wall func() time.Time) *Clock {
-	return &Clock{times, wall, times(wall(), wall())}
+	return &Clock{times: times, wall: wall, next: times(wall(), wall())}
 }
 
 // lookAgain is how long to wait at most before the clock is looked at again: it may have been set.
@@ -53,11 +54,15 @@ func (c *Clock) Wait() time.Duration {
 
 // Due says whether a time has come, and which.
 func (c *Clock) Due() (nominal time.Time, due bool) {
-	if c.next.IsZero() || c.wall().Before(c.next) {
+	now := c.wall()
+	if now.Before(c.asked.Add(-3 * time.Hour)) { // to repeat none would be to run none until then
+		c.next = c.times(now, now)
+	}
+	if c.asked = now; c.next.IsZero() || now.Before(c.next) {
 		return time.Time{}, false
 	}
 	nominal = c.next
-	c.next = c.times(nominal, c.wall())
+	c.next = c.times(nominal, now)
 	return nominal, true
 }
 

@@ -83,18 +83,18 @@ func newTransport(config *tls.Config, concurrency int) *http.Transport {
 // looking it waits for that, but not for long: a disk that hangs must not stop the requests.
 func (h *handler) current(ctx context.Context) *prepared {
 	p := h.inUse.Load()
-	if h.reread == nil && p.from.settings.files() == [3]string{} || h.now().UnixNano() < h.lookAt.Load() {
+	if h.reread == nil && p.from.settings.files() == [3]string{} || time.Duration(h.now().UnixNano()-h.looked.Load()).Abs() < lookEvery {
 		return p
 	}
 	select {
 	case h.looking <- struct{}{}:
-		if h.now().UnixNano() >= h.lookAt.Load() {
+		if time.Duration(h.now().UnixNano()-h.looked.Load()).Abs() >= lookEvery { // or the clock was set back
 			h.look(ctx)
-			h.lookAt.Store(h.now().Add(lookEvery).UnixNano())
+			h.looked.Store(h.now().UnixNano())
 		}
 		<-h.looking
 	case <-time.After(lookPatience):
-		h.lookAt.Store(h.now().Add(lookEvery).UnixNano())
+		h.looked.Store(h.now().UnixNano())
 	case <-ctx.Done():
 	}
 	return h.inUse.Load()

@@ -246,7 +246,7 @@ func TestHalfWrittenSettingsAreNotUsed(t *testing.T) {
 		looks++
 		return Settings{Secret: secretOf(values[min(looks, len(values))-1])}, nil
 	})
-	for h.lookAt.Store(0); looks < len(values); h.lookAt.Store(0) {
+	for h.looked.Store(0); looks < len(values); h.looked.Store(0) {
 		post(t, h)
 		req, body := r.Last()
 		if with := signedWith(req, body, "abc"); with != "a" && with != "c" || with == "a" && looks > 3 {
@@ -270,7 +270,7 @@ func TestUnsettledSettingsAreLeftForLater(t *testing.T) {
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
 	for range 20 {
-		h.lookAt.Store(0)
+		h.looked.Store(0)
 		if err := h.Handle(ended, notify.Notification{}); !errors.Is(err, context.Canceled) {
 			t.Error(err)
 		}
@@ -278,7 +278,7 @@ func TestUnsettledSettingsAreLeftForLater(t *testing.T) {
 	if looks > 20 {
 		t.Errorf("%d looks, although nobody waits for the result", looks)
 	}
-	h.lookAt.Store(0)
+	h.looked.Store(0)
 	looks = 0
 	post(t, h)
 	if req, _ := r.Last(); req.Header.Get("Authorization") != "" || looks > 10 || len(lg.All("the settings")) > 0 {
@@ -370,6 +370,13 @@ func TestSettingsAreLookedAtOnceASecond(t *testing.T) {
 			t.Errorf("%d looks before second %d has passed", looks, want)
 		}
 		pass(1)
+	}
+	looks = 0
+	pass(-24 * time.Hour) // somebody has set the clock back
+	post(t, h)
+	post(t, h)
+	if looks != 1 {
+		t.Errorf("%d looks after the clock was set back", looks)
 	}
 }
 
@@ -483,7 +490,7 @@ func TestDiskThatHangsStopsNobodyElse(t *testing.T) {
 	<-looking
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := h.Handle(ended, notify.Notification{}); !errors.Is(err, context.Canceled) || h.lookAt.Load() != 0 {
+	if err := h.Handle(ended, notify.Notification{}); !errors.Is(err, context.Canceled) || h.looked.Load() != 0 {
 		t.Errorf("%v; it has waited although its time was over", err)
 	}
 	post(t, h)

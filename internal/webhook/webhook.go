@@ -48,7 +48,7 @@ type handler struct {
 	now         func() time.Time
 
 	inUse  atomic.Pointer[prepared]
-	lookAt atomic.Int64 // when to look for changed files again, in Unix nanoseconds
+	looked atomic.Int64 // when the files were last looked at, in Unix nanoseconds
 
 	looking chan struct{} // holds a token while somebody looks, who owns seen
 	seen    view          // what the last look saw
