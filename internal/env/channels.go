@@ -60,8 +60,7 @@ func (r Route) Warnings(lookup Lookuper, timeout, stop time.Duration) (all []str
 	}
 	// The defaults are so on purpose: most handlers are quick, and what stops a service waits for half a minute.
 	if timeout > stop && (IsSet(lookup, r.Channel, "HANDLER_TIMEOUT") || IsSet(lookup, "", "SHUTDOWN_TIMEOUT")) {
-		all = append(all, fmt.Sprintf("HANDLER_TIMEOUT of channel %q is %v, longer than SHUTDOWN_TIMEOUT, which is %v: a stop cuts handlers short that take longer",
-			r.Channel, timeout, stop))
+		all = append(all, fmt.Sprintf("HANDLER_TIMEOUT of channel %q is %v, longer than SHUTDOWN_TIMEOUT, which is %v: a stop cuts handlers short that take longer", r.Channel, timeout, stop))
 	}
 	return all
 }

@@ -242,10 +242,8 @@ func (d *decoder) outOfRange(bad map[string]bool) (problems []error) {
 		case int:
 			low, _ := strconv.Atoi(cmp.Or(least, "1"))
 			high, _ := strconv.Atoi(cmp.Or(most, "1000000"))
-			if value < low {
-				wrong = fmt.Sprintf("%d is less than %d", value, low)
-			} else if value > high {
-				wrong = fmt.Sprintf("%d is more than %d", value, high)
+			if value < low || value > high {
+				wrong = fmt.Sprintf("%d is not from %d to %d", value, low, high)
 			}
 		case Bytes:
 			if value < 1<<20 {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"database/sql"
 	"log/slog"
-	"slices"
 	"sync"
 	"time"
 
@@ -28,6 +27,7 @@ func NewDoorbell(h notify.Handler, pool *Pool, options Options, setup notify.Set
 	if err != nil {
 		return nil, err
 	}
+	o.labels = []string{"by", "schedule"} // the runs that are rung are in the figures of the queue, which have the same names
 	turn := make(chan struct{}, 1)
 	o.handle = func(ctx context.Context, n notify.Notification) error {
 		select {
@@ -44,15 +44,6 @@ func NewDoorbell(h notify.Handler, pool *Pool, options Options, setup notify.Set
 
 // Handle implements notify.Handler: the doorbell was rung.
 func (d doorbell) Handle(ctx context.Context, n notify.Notification) error { return d.handle(ctx, n) }
-
-// Stats implements notify.Meter. The runs that are rung are in the figures of the queue, which have the same names.
-func (d doorbell) Stats() []notify.Stat {
-	stats := d.Outbox.Stats()
-	for i := range stats {
-		stats[i].Labels = append(slices.Clip(stats[i].Labels), "by", "schedule")
-	}
-	return stats
-}
 
 // scheduleChannel is the channel of the row of a doorbell.
 func scheduleChannel(doorbell string) string { return notify.Cut(doorbell, 54) + " schedule" }

@@ -78,6 +78,7 @@ type Outbox struct {
 	counts   counts
 	calls    call.Stats
 	health   health
+	labels   []string // of its own figures
 }
 
 // job is a claimed row.

@@ -249,22 +249,68 @@ func TestPauseEndsWhenNothingIsLeft(t *testing.T) {
 	r.mu.Lock()
 	r.breaker = pausedFor(2*time.Minute, errors.New("connection refused"))
 	r.mu.Unlock()
-	testkit.Eventually(t, "the rows that found out are not written", func() bool {
-		var n int
-		err := testkit.DB(t).QueryRow(`select count(*) from "` + tab + `" where last_error is not null`).Scan(&n)
-		return err == nil && n == 3
-	})
+	rowsAre(t, tab, "last_error is not null", 3)
 	// While there is one that waits for its next attempt, it stays.
 	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`" where last_error is null; update "`+tab+`" set run_at = now() + interval '1 hour'`)
-	counted := func() time.Time { r.mu.Lock(); defer r.mu.Unlock(); return r.counts.counted }
-	since := counted()
-	testkit.Eventually(t, "it does not count", func() bool { return counted().After(since) })
+	r.recount(t)
 	if r.Ready() == nil || len(r.All("channel resumed")) > 0 {
 		t.Fatal("the pause has ended although rows wait for their next attempt")
 	}
 	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`"`) // as another replica does, or a person
-	testkit.Eventually(t, "paused although nothing is left", func() bool { return r.Ready() == nil && stat(r, "pglistener_channel_paused", "") == 0 })
+	testkit.Eventually(t, "paused although nothing is left", func() bool {
+		r.recount(t)
+		return r.Ready() == nil && stat(r, "pglistener_channel_paused", "") == 0
+	})
 	if lines := r.All("channel resumed: others have done"); len(lines) != 1 || lines[0]["paused_for"].(float64) < float64(2*time.Minute) {
 		t.Errorf("%v", lines)
 	}
+}
+
+// TestPauseOutlastsItsRows: that they are given up says nothing of the receiver.
+func TestPauseOutlastsItsRows(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	h := &receiver{done: map[string]int{}}
+	h.away.Store(true)
+	fill(t, tab, channel, 3)
+	r := run(t, config{table: tab, attempts: 1}, h)
+	r.Wait(t, "channel paused", 1)
+	rowsAre(t, tab, "failed_at is not null", 3)
+	testkit.Eventually(t, "they are not counted as failed", func() bool { return stat(r, "pglistener_items_total", "failed") == 3 })
+	for range 3 {
+		r.recount(t)
+	}
+	if stat(r, "pglistener_channel_paused", "") != 1 || len(r.All("channel resumed")) > 0 {
+		t.Error("the pause has ended, and nobody has heard of the receiver")
+	}
+	fill(t, tab, channel, 10)
+	h.away.Store(false)
+	rowsAre(t, tab, "failed_at is null", 0)
+	if h.count() != 10 || len(r.All("channel resumed: its receiver is back")) != 1 {
+		t.Errorf("%d were done, %v", h.count(), r.All("channel resumed"))
+	}
+}
+
+// recount waits until the rows have been counted once more.
+func (r *running) recount(t *testing.T) {
+	t.Helper()
+	r.mu.Lock()
+	r.counts.counted, r.counts.took = time.Now().Add(-time.Hour), 0
+	r.mu.Unlock()
+	testkit.Eventually(t, "it does not count", func() bool {
+		retry.Nudge(r.taken)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return time.Since(r.counts.counted) < time.Hour
+	})
+}
+
+// rowsAre waits until so many rows are so.
+func rowsAre(t *testing.T, tab, where string, want int) {
+	t.Helper()
+	testkit.Eventually(t, fmt.Sprint("the rows are not so: ", where), func() bool {
+		var n int
+		err := testkit.DB(t).QueryRow(`select count(*) from "` + tab + `" where ` + where).Scan(&n)
+		return err == nil && n == want
+	})
 }

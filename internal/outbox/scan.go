@@ -44,18 +44,15 @@ func (s *scan) again() time.Duration {
 // look claims up to room rows, among those after scan.from if short is true and otherwise among all. next is when to look again,
 // if less were due.
 func (o *Outbox) look(room int, short bool) (claimed int, next time.Duration, err error) {
-	s, from, began := &o.scan, place{}, time.Now()
-	if short {
-		from = s.from
-	}
+	s, from, began := &o.scan, map[bool]place{true: o.scan.from}[short], time.Now()
 	jobs, err := o.store.claim(room, from, o.slack)
 	took := time.Since(began)
-	if len(jobs) > 0 {
-		o.slack = min(2*took, time.Hour)
-	}
 	dear := took > dearClaim+time.Duration(len(jobs))*perRow
 	if err != nil { // what it has claimed all the same comes due again
 		return 0, 0, err
+	}
+	if len(jobs) > 0 {
+		o.slack = min(max(2*took, o.slack/2), 10*time.Minute) // 16 MB at 64 KB/s come in less
 	}
 	o.push(jobs)
 	if s.drained = len(jobs) < room; s.drained {

@@ -460,28 +460,60 @@ func TestLockedScheduleHoldsUpNoClaim(t *testing.T) {
 func TestOneResultHoldsUpNoOther(t *testing.T) {
 	t.Parallel()
 	db, channel, tab := testkit.DB(t), testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
-	role := "r" + strconv.FormatInt(time.Now().UnixNano(), 36)
-	testkit.Exec(t, db, `create role `+role+` login password 'x'; grant select, update, delete on "`+tab+`" to `+role)
-	t.Cleanup(func() { _, _ = db.Exec(`revoke all on "` + tab + `" from ` + role + `; drop role ` + role) })
-	testkit.Exec(t, db, `insert into "`+tab+`" (channel, payload, schedule, attempts) values ($1, 'refused', '@every 1h', 0)`, channel)
-	testkit.Exec(t, db, `update "`+tab+`" set attempts = 0, run_at = now() - interval '1 minute'`)
-	r := runScheduled(t, config{dsn: testkit.WithUser(testkit.DSN(t), role, "x"), table: tab, attempts: 1, tweak: func(o *Outbox) { o.options.Schedule = "" }},
-		notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
-			if n.Payload == "refused" {
-				return errors.New("no")
-			}
-			return nil
-		}))
+	dsn := withoutInsert(t, tab)
+	for payload, attempts := range map[string]int{"refused": 1, "fails once": 0} {
+		testkit.Exec(t, db, `insert into "`+tab+`" (channel, payload, schedule) values ($1, $2, '@every 1h')`, channel, payload)
+		testkit.Exec(t, db, `update "`+tab+`" set attempts = $2, run_at = now() - interval '1 minute' where payload = $1`, payload, attempts)
+	}
+	r := runScheduled(t, config{dsn: dsn, table: tab, attempts: 2}, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+		if n.Payload == "refused" || n.Payload == "fails once" && n.Attempt == 1 {
+			return errors.New("no")
+		}
+		return nil
+	}))
 	line := r.Wait(t, "results of the outbox cannot be written", 1)
 	if !strings.Contains(fmt.Sprint(line["hint"]), "insert") {
 		t.Errorf("%v", line)
 	}
 	insert(t, db, tab, channel, "a")
 	testkit.Exec(t, db, `insert into "`+tab+`" (channel, payload, key) values ($1, 'b', 'b')`, channel)
-	testkit.Eventually(t, "one result that is refused holds up others", func() bool { return rowCount(t, db, tab) == 1 })
+	rowsAre(t, tab, "schedule is null", 0)
+	rowsAre(t, tab, "payload = 'fails once' and run_at > now() + interval '1 minute'", 1)
 	if err := r.Ready(); err == nil || !strings.Contains(err.Error(), "permission denied") {
 		t.Errorf("a result cannot be written, and Ready says %v", err)
 	}
-	testkit.Exec(t, db, `grant insert on "`+tab+`" to `+role)
-	testkit.Eventually(t, "it is not written although the right is there", func() bool { return r.Ready() == nil && rowCount(t, db, tab) == 2 })
+	testkit.Exec(t, db, `grant insert on "`+tab+`" to public`)
+	testkit.Eventually(t, "it is not written although the right is there", func() bool { return r.Ready() == nil && rowCount(t, db, tab) == 3 })
+}
+
+// TestOnlyTheNewestResultOfARowCounts: a row is claimed again when its lease has ended, while its result waits to be written.
+func TestOnlyTheNewestResultOfARowCounts(t *testing.T) {
+	t.Parallel()
+	db, channel, tab := testkit.DB(t), testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	dsn := withoutInsert(t, tab)
+	testkit.Exec(t, db, `insert into "`+tab+`" (channel, payload, schedule) values ($1, 'p', '@every 1h')`, channel)
+	testkit.Exec(t, db, `update "`+tab+`" set attempts = 0, run_at = now() - interval '1 minute'`)
+	var runs atomic.Int64
+	r := runScheduled(t, config{dsn: dsn, table: tab, attempts: 1, tweak: func(o *Outbox) { o.store.lease = 500 * time.Millisecond }},
+		notify.HandlerFunc(func(context.Context, notify.Notification) error { runs.Add(1); return errors.New("no") }))
+	testkit.Eventually(t, "it is not claimed again when its lease has ended", func() bool { return runs.Load() >= 4 })
+	testkit.Exec(t, db, `grant insert on "`+tab+`" to public`)
+	testkit.Eventually(t, "its result is not written", func() bool { return r.Ready() == nil && rowCount(t, db, tab) > 1 })
+	r.stop()
+	if n := rowCount(t, db, tab); n != 2 {
+		t.Errorf("%d rows, want that of the schedule and one that has failed", n)
+	}
+	lost, failed := stat(r, "pglistener_items_total", "lease_lost"), stat(r, "pglistener_items_total", "failed")
+	if failed != 1 || lost != float64(runs.Load())-1 {
+		t.Errorf("of %d runs %v have failed and %v have lost their lease", runs.Load(), failed, lost)
+	}
+}
+
+// withoutInsert makes a user that may do all with a table but insert, and returns its connection string.
+func withoutInsert(t *testing.T, tab string) string {
+	t.Helper()
+	role := "r" + strconv.FormatInt(time.Now().UnixNano(), 36)
+	testkit.Exec(t, testkit.DB(t), `create role `+role+` login password 'x'; grant select, update, delete on "`+tab+`" to `+role)
+	t.Cleanup(func() { _, _ = testkit.DB(t).Exec(`revoke all on "` + tab + `" from ` + role + `; drop role ` + role) })
+	return testkit.WithUser(testkit.DSN(t), role, "x")
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/pglistener/pglistener/internal/call"
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgconn"
+	"github.com/pglistener/pglistener/internal/retry"
 )
 
 // counts are for the metrics.
@@ -27,8 +28,8 @@ type counts struct {
 const countInterval = 5 * time.Second
 
 // count counts the rows, if it is time to, and returns when it is next: never sooner than a hundred times what it takes, so that
-// counting millions of rows costs the server a hundredth of one core; and not at all while nothing runs or changes here, but for sweeps
-// and, unless there were no rows, probes. The first count waits until nothing is due: with a great backlog it takes long.
+// counting millions of rows costs the server a hundredth of one core; and not at all while nothing runs or changes here, but for sweeps,
+// pauses and, unless there were no rows, probes. The first count waits until nothing is due: with a great backlog it takes long.
 func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 	o.mu.Lock()
 	c := &o.counts
@@ -56,11 +57,13 @@ func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 		o.begins()
 	}
 	c.rowCounts = rows
+	left := len(o.health.retrying)
 	maps.DeleteFunc(o.health.retrying, func(id int64, _ time.Time) bool { // another replica, or a person, may have ended it
 		return slices.Contains(retrying, id) && !slices.Contains(alive, id)
 	})
-	if o.breaker.Open() && rows.due+o.running+len(o.buffer)+len(o.results)+len(o.health.retrying) == 0 {
+	if o.breaker.Open() && left > 0 && rows.due+o.running+len(o.buffer)+len(o.results)+len(o.health.retrying) == 0 {
 		o.log.Info("channel resumed: others have done what there was, and nothing is left to try", "paused_for", o.breaker.Succeed(time.Now()).Round(time.Millisecond))
+		retry.Nudge(o.taken)
 	}
 	return countInterval, nil
 }
@@ -99,7 +102,11 @@ func (o *Outbox) Stats() []notify.Stat {
 		age, call.PausedStat(&o.breaker), notify.Flag("pglistener_outbox_vacuum_held_back",
 			"1 while claims are slow because somebody holds a snapshot that keeps dead rows from being removed.", c.heldBack),
 	}
-	return append(append(stats, more...), o.calls.Stats()...)
+	stats = append(stats, o.calls.Stats()...)
+	for i := range stats {
+		stats[i].Labels = append(stats[i].Labels, o.labels...)
+	}
+	return append(stats, more...)
 }
 
 // oldest is since when the oldest row has been due that is known to wait, to be handled, or to be tried again. o.mu is held.

@@ -113,12 +113,16 @@ func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 	var failures retry.Failures
 	pause := retry.Backoff{Min: 100 * time.Millisecond, Max: 5 * time.Second}
 	var again <-chan time.Time
-	// take returns results with those that have come meanwhile: what the server refuses may be one row. But no more than room allows for.
+	// take returns results with those that have come meanwhile: what the server refuses may be one row. But no more than room allows for,
+	// and of each row only the newest: if it was claimed again, the others are lost.
 	take := func(results []result) []result {
 		o.mu.Lock()
 		stale := o.stale
 		if o.stale = nil; len(results) <= prefetchRows {
-			results, o.results, o.locked = slices.Concat(results, o.results, o.locked), nil, nil
+			all := slices.Concat(results, o.results, o.locked)
+			slices.SortFunc(all, func(a, b result) int { return cmp.Or(cmp.Compare(a.id, b.id), b.claimed.Compare(a.claimed)) })
+			results, o.results, o.locked = slices.CompactFunc(all, func(a, b result) bool { return a.id == b.id }), nil, nil
+			o.counts.leaseLost += uint64(len(all) - len(results))
 		}
 		o.mu.Unlock()
 		if len(results) > prefetchRows {
@@ -181,12 +185,12 @@ func (o *Outbox) giveBack(jobs []job) {
 // whose lease was lost stay as they are. It returns the results that could not be written.
 func (o *Outbox) finish(results []result) (rest []result, err error) {
 	simple := map[int][]result{}  // by attempts, which is nearly always 1
-	others := map[bool][]result{} // by whether they are copied if they are given up, for which there may be no right
+	others := map[bool][]result{} // by whether they are copied, for which there may be no right
 	for _, r := range results {
 		if r.err == nil && !r.keyed && r.schedule == "" {
 			simple[r.attempts] = append(simple[r.attempts], r)
 		} else {
-			copied := r.err != nil && r.schedule != ""
+			copied := r.schedule != "" && o.isLast(r)
 			others[copied] = append(others[copied], r)
 		}
 	}
@@ -252,13 +256,18 @@ func (o *Outbox) end(results []result) error {
 	return nil
 }
 
+// isLast says whether a row is given up.
+func (o *Outbox) isLast(r result) bool {
+	return r.err != nil && (notify.IsPermanent(r.err) || r.attempts >= o.options.Attempts)
+}
+
 // endingOf says what becomes of a row, by the server's clock.
 func (o *Outbox) endingOf(r result, now time.Time) ending {
 	e := ending{job: r.job}
 	if r.err != nil {
 		// "" would be success.
 		e.text = notify.Cut(cmp.Or(strings.ToValidUTF8(strings.ReplaceAll(r.err.Error(), "\x00", ""), "?"), "it failed without a text"), 2000)
-		e.failed = notify.IsPermanent(r.err) || r.attempts >= o.options.Attempts
+		e.failed = o.isLast(r)
 		e.wait = min(max(o.retry.After(r.attempts), notify.RetryDelay(r.err)), time.Hour)
 	}
 	if r.schedule == "" || r.err != nil && !e.failed {
