@@ -61,7 +61,7 @@ func TestAllConfigurationProblemsAtOnce(t *testing.T) {
 		"numbers": {vars{"DATABASE_URL": dsn, "CHANNELS": "a", "PING_INTERVAL": "10", "PING_TIMEOUT": "0s", "RECONNECT_MIN": "5s", "RECONNECT_MAX": "1s",
 			"QUEUE_SIZE": "0", "CONCURRENCY": "many", "HANDLER_ATTEMPTS": "-1", "CATCH_UP_INTERVAL": "-1s", "OVERFLOW": "lose", "QUEUE_MEMORY": "64", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml"},
 			[]string{`PING_INTERVAL: "10" is not a duration`, "PING_TIMEOUT: 0s is not positive", "RECONNECT_MIN: 5s is more than RECONNECT_MAX",
-				"QUEUE_SIZE: 0 is less", `CONCURRENCY: "many" is not a whole number`, "HANDLER_ATTEMPTS: -1 is less", "CATCH_UP_INTERVAL: -1s",
+				"QUEUE_SIZE: 0 is not from 1 to", `CONCURRENCY: "many" is not a whole number`, "HANDLER_ATTEMPTS: -1 is not from 1 to", "CATCH_UP_INTERVAL: -1s",
 				`OVERFLOW: "lose"`, `QUEUE_MEMORY: "64" is not a size such as`, `LOG_LEVEL: "loud"`, `LOG_FORMAT: "xml"`}},
 		"little memory":        {vars{"DATABASE_URL": dsn, "CHANNELS": "a", "QUEUE_MEMORY": "1000KB"}, []string{"QUEUE_MEMORY: it is less than 1MB"}},
 		"files":                {vars{"DATABASE_URL_FILE": "/does/not/exist", "CHANNELS": "a"}, []string{"DATABASE_URL_FILE: open /does/not/exist"}},

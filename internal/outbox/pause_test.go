@@ -192,6 +192,7 @@ func TestNotReadyWhilePausedForLong(t *testing.T) {
 	r.mu.Lock() // a minute is too long for a test
 	r.breaker = pausedFor(2*time.Minute, errors.New("connection refused"))
 	r.mu.Unlock()
+	r.recount(t)
 	if err := r.Ready(); err == nil || !strings.Contains(err.Error(), "paused for 2m") || !strings.Contains(err.Error(), "connection refused") {
 		t.Errorf("paused for long, and Ready says %v", err)
 	}
@@ -237,8 +238,9 @@ func pausedFor(d time.Duration, cause error) (b retry.Breaker) {
 	return b
 }
 
-// TestPauseEndsWhenNothingIsLeft: what there was to try is done by others, so that no try of its own could end the pause.
-func TestPauseEndsWhenNothingIsLeft(t *testing.T) {
+// TestReadyWhenNothingIsLeftToTry: others have done what there was, so that no try of its own can end the pause. It is paused all the
+// same, for nobody has heard of the receiver: the next row is a try, and costs no attempt.
+func TestReadyWhenNothingIsLeftToTry(t *testing.T) {
 	t.Parallel()
 	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
 	h := &receiver{done: map[string]int{}}
@@ -250,44 +252,35 @@ func TestPauseEndsWhenNothingIsLeft(t *testing.T) {
 	r.breaker = pausedFor(2*time.Minute, errors.New("connection refused"))
 	r.mu.Unlock()
 	rowsAre(t, tab, "last_error is not null", 3)
-	// While there is one that waits for its next attempt, it stays.
+	is := func(what string, ready bool) {
+		t.Helper()
+		testkit.Eventually(t, fmt.Sprint(what, ": ready is not ", ready), func() bool {
+			r.recount(t)
+			return (r.Ready() == nil) == ready
+		})
+		if stat(r, "pglistener_channel_paused", "") != 1 {
+			t.Errorf("%s: not paused", what)
+		}
+	}
 	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`" where last_error is null; update "`+tab+`" set run_at = now() + interval '1 hour'`)
-	r.recount(t)
-	if r.Ready() == nil || len(r.All("channel resumed")) > 0 {
-		t.Fatal("the pause has ended although rows wait for their next attempt")
-	}
-	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`"`) // as another replica does, or a person
-	testkit.Eventually(t, "paused although nothing is left", func() bool {
-		r.recount(t)
-		return r.Ready() == nil && stat(r, "pglistener_channel_paused", "") == 0
-	})
-	if lines := r.All("channel resumed: others have done"); len(lines) != 1 || lines[0]["paused_for"].(float64) < float64(2*time.Minute) {
-		t.Errorf("%v", lines)
-	}
-}
-
-// TestPauseOutlastsItsRows: that they are given up says nothing of the receiver.
-func TestPauseOutlastsItsRows(t *testing.T) {
-	t.Parallel()
-	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
-	h := &receiver{done: map[string]int{}}
-	h.away.Store(true)
-	fill(t, tab, channel, 3)
-	r := run(t, config{table: tab, attempts: 1}, h)
-	r.Wait(t, "channel paused", 1)
-	rowsAre(t, tab, "failed_at is not null", 3)
-	testkit.Eventually(t, "they are not counted as failed", func() bool { return stat(r, "pglistener_items_total", "failed") == 3 })
-	for range 3 {
-		r.recount(t)
-	}
-	if stat(r, "pglistener_channel_paused", "") != 1 || len(r.All("channel resumed")) > 0 {
-		t.Error("the pause has ended, and nobody has heard of the receiver")
-	}
-	fill(t, tab, channel, 10)
+	is("those that wait for their next attempt are left", false)
+	fill(t, tab, channel, 5)
+	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`" where last_error is not null`) // as another replica does, or a person
+	is("those that have not been tried are left", false)
+	testkit.Exec(t, testkit.DB(t), `delete from "`+tab+`"`)
+	is("nothing is left", true)
+	fill(t, tab, channel, 4)
+	is("there is something again", false)
+	rowsAre(t, tab, "last_error is null and attempts <= 1", 4)
 	h.away.Store(false)
-	rowsAre(t, tab, "failed_at is null", 0)
-	if h.count() != 10 || len(r.All("channel resumed: its receiver is back")) != 1 {
-		t.Errorf("%d were done, %v", h.count(), r.All("channel resumed"))
+	emptied(t, testkit.DB(t), tab)
+	if r.Ready() != nil || stat(r, "pglistener_channel_paused", "") != 0 || len(r.All("channel resumed: its receiver is back")) != 1 {
+		t.Errorf("it is back: %v, %v", r.Ready(), r.All("channel resumed"))
+	}
+	for payload, attempt := range h.done {
+		if attempt != 1 {
+			t.Errorf("%s was done at attempt %d", payload, attempt)
+		}
 	}
 }
 

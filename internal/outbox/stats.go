@@ -10,14 +10,14 @@ import (
 	"github.com/pglistener/pglistener/internal/call"
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgconn"
-	"github.com/pglistener/pglistener/internal/retry"
 )
 
 // counts are for the metrics.
 type counts struct {
 	done, gaveUp, leaseLost, givenBack uint64
 
-	rowCounts // as they were counted last, and as this replica has changed them since
+	rowCounts     // as they were counted last, and as this replica has changed them since
+	waiting   int // that were due when they were counted last
 	counted   time.Time
 	took      time.Duration // the counting
 	heldBack  bool          // see Pool.findHolder
@@ -56,15 +56,10 @@ func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 	if rows.due > 0 {
 		o.begins()
 	}
-	c.rowCounts = rows
-	left := len(o.health.retrying)
+	c.rowCounts, c.waiting = rows, rows.due
 	maps.DeleteFunc(o.health.retrying, func(id int64, _ time.Time) bool { // another replica, or a person, may have ended it
 		return slices.Contains(retrying, id) && !slices.Contains(alive, id)
 	})
-	if o.breaker.Open() && left > 0 && rows.due+o.running+len(o.buffer)+len(o.results)+len(o.health.retrying) == 0 {
-		o.log.Info("channel resumed: others have done what there was, and nothing is left to try", "paused_for", o.breaker.Succeed(time.Now()).Round(time.Millisecond))
-		retry.Nudge(o.taken)
-	}
 	return countInterval, nil
 }
 
@@ -190,7 +185,9 @@ func (o *Outbox) Ready() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	h := &o.health
-	if err := call.PausedTooLong(&o.breaker); err != nil {
+	// With nothing left that a try could be made of, only a new row can end a pause.
+	left := o.running + len(o.buffer) + len(o.results) + len(h.retrying) + o.counts.waiting
+	if err := call.PausedTooLong(&o.breaker); err != nil && left > 0 {
 		return err
 	}
 	stuck := time.Since(h.progress)

@@ -123,11 +123,11 @@ func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 			slices.SortFunc(all, func(a, b result) int { return cmp.Or(cmp.Compare(a.id, b.id), b.claimed.Compare(a.claimed)) })
 			results, o.results, o.locked = slices.CompactFunc(all, func(a, b result) bool { return a.id == b.id }), nil, nil
 			o.counts.leaseLost += uint64(len(all) - len(results))
+			if len(all) > prefetchRows {
+				retry.Nudge(o.taken) // see room
+			}
 		}
 		o.mu.Unlock()
-		if len(results) > prefetchRows {
-			retry.Nudge(o.taken) // see room
-		}
 		o.giveBack(stale)
 		return results
 	}
