@@ -74,6 +74,8 @@ func TestLockedRowHoldsUpNoResult(t *testing.T) {
 	if err := r.Ready(); err != nil {
 		t.Errorf("nothing is wrong, and %v", err)
 	}
+	// The first result of it that comes alone waits for a tenth of a second.
+	testkit.Eventually(t, "it is not known to be locked", func() bool { r.mu.Lock(); defer r.mu.Unlock(); return len(r.locked) == 1 })
 	for until := time.Now().Add(time.Second); time.Now().Before(until); { // it is tried again meanwhile
 		if waiting(t, tab) > 0 {
 			t.Fatal("a row that is known to be locked is waited for")
