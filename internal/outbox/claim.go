@@ -148,6 +148,7 @@ func (o *Outbox) expire() {
 		o.buffer = slices.Clone(o.buffer[n:])
 		o.handling = max(o.handling, o.margin) // or the same rows would be claimed again at once
 		retry.Nudge(o.written)
+		retry.Nudge(o.taken) // nobody else may: with all workers idle the slots are free now
 	}
 }
 

@@ -447,3 +447,21 @@ func TestClaimsThatTakeLong(t *testing.T) {
 		t.Errorf("%v rows were given back, want 1", back)
 	}
 }
+
+// TestClaimerGoesOnAfterRowsHaveExpired: rows that were given back before a worker took them leave no claimer that waits for a slot.
+func TestClaimerGoesOnAfterRowsHaveExpired(t *testing.T) {
+	t.Parallel()
+	channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
+	r := run(t, config{table: tab, tweak: func(o *Outbox) { o.margin = 400 * time.Millisecond }}, s)
+	testkit.Eventually(t, "never counted", func() bool { r.mu.Lock(); defer r.mu.Unlock(); return !r.counts.counted.IsZero() })
+	r.mu.Lock()
+	r.buffer = []job{{id: -1, until: "now", claimed: time.Now().Add(-time.Hour)}} // and no worker has been told
+	r.mu.Unlock()
+	r.poke() // the claimer sees no room
+	testkit.Eventually(t, "the row is not given back", func() bool { r.mu.Lock(); defer r.mu.Unlock(); return len(r.buffer) == 0 })
+	insert(t, testkit.DB(t), tab, channel, "x")
+	emptied(t, testkit.DB(t), tab)
+	if got := s.payloads(); len(got) != 1 || got[0] != "x" {
+		t.Errorf("handled %v", got)
+	}
+}
