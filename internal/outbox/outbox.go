@@ -55,7 +55,7 @@ type Outbox struct {
 	// These are used by the claimer's goroutine only.
 	kept  time.Time // when it last made sure of the row of NAME_SCHEDULE
 	scan  scan
-	slack time.Duration // that the next claim lasts longer, by how long its rows may be on their way and it may wait for a connection
+	slack time.Duration // by how much the next claim lasts longer: it may wait for a connection, and its rows may take long to come
 	hire  func()        // starts a worker
 
 	mu       sync.Mutex    // guards what follows

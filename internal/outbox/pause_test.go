@@ -284,6 +284,20 @@ func TestReadyWhenNothingIsLeftToTry(t *testing.T) {
 	}
 }
 
+// TestNotReadyBeforeItHasCounted: what has not been counted may be much.
+func TestNotReadyBeforeItHasCounted(t *testing.T) {
+	t.Parallel()
+	o, err := New(&seen{}, new(Pool), Options{Settings: Settings{Table: "outbox"}, DSN: testkit.DSN(t), Timeout: time.Second}, notify.Setup{Channel: "x"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.pool.release("x")
+	o.breaker = pausedFor(2*time.Minute, errors.New("connection refused"))
+	if err := o.Ready(); err == nil || !strings.Contains(err.Error(), "paused for 2m") {
+		t.Errorf("%v", err)
+	}
+}
+
 // recount waits until the rows have been counted once more.
 func (r *running) recount(t *testing.T) {
 	t.Helper()

@@ -52,7 +52,7 @@ func (o *Outbox) look(room int, short bool) (claimed int, next time.Duration, er
 		return 0, 0, err
 	}
 	if len(jobs) > 0 {
-		o.slack = min(max(2*took, o.slack/2), 10*time.Minute) // for so much longer they stay with a listener that is gone
+		o.slack = min(max(2*took, o.slack/2), 10*time.Minute) // so much later they come due again if the listener is killed
 	}
 	o.push(jobs)
 	if s.drained = len(jobs) < room; s.drained {

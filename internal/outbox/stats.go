@@ -16,8 +16,8 @@ import (
 type counts struct {
 	done, gaveUp, leaseLost, givenBack uint64
 
-	rowCounts     // as they were counted last, and as this replica has changed them since
-	waiting   int // that were due when they were counted last
+	rowCounts      // as they were counted last, and as this replica has changed them since
+	none      bool // were due when they were counted last; false when that is not known
 	counted   time.Time
 	took      time.Duration // the counting
 	heldBack  bool          // see Pool.findHolder
@@ -49,14 +49,14 @@ func (o *Outbox) count(drained bool) (next time.Duration, err error) {
 	rows, alive, err := o.store.count(retrying)
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if c.counted, c.took, c.changed = time.Now(), time.Since(began), err != nil; err != nil {
+	if c.counted, c.took, c.changed, c.none = time.Now(), time.Since(began), err != nil, false; err != nil {
 		c.took /= 10 // of a count that takes longer than a statement may, so that claims have nine tenths of the time
 		return 0, err
 	}
 	if rows.due > 0 {
 		o.begins()
 	}
-	c.rowCounts, c.waiting = rows, rows.due
+	c.rowCounts, c.none = rows, rows.due == 0
 	maps.DeleteFunc(o.health.retrying, func(id int64, _ time.Time) bool { // another replica, or a person, may have ended it
 		return slices.Contains(retrying, id) && !slices.Contains(alive, id)
 	})
@@ -186,8 +186,8 @@ func (o *Outbox) Ready() error {
 	defer o.mu.Unlock()
 	h := &o.health
 	// With nothing left that a try could be made of, only a new row can end a pause.
-	left := o.running + len(o.buffer) + len(o.results) + len(h.retrying) + o.counts.waiting
-	if err := call.PausedTooLong(&o.breaker); err != nil && left > 0 {
+	left := !o.counts.none || o.running+len(o.buffer)+len(o.results)+len(h.retrying) > 0
+	if err := call.PausedTooLong(&o.breaker); err != nil && left {
 		return err
 	}
 	stuck := time.Since(h.progress)

@@ -55,7 +55,7 @@ func (c *Clock) Wait() time.Duration {
 // Due says whether a time has come, and which.
 func (c *Clock) Due() (nominal time.Time, due bool) {
 	now := c.wall()
-	if now.Before(c.asked.Add(-3 * time.Hour)) { // to repeat none would be to run none until then
+	if now.Before(c.asked.Add(-3 * time.Hour)) { // it was wrong: to wait until it is as late again would be to run nothing
 		c.next = c.times(now, now)
 	}
 	if c.asked = now; c.next.IsZero() || now.Before(c.next) {
