@@ -181,6 +181,7 @@ func TestHearsAgainAfterSilence(t *testing.T) {
 	r := start(t, fast(dsn, channel+"=test"), nil).listening(t)
 	testkit.Send(t, channel, "before")
 	r.expect(t, "before")
+	r.Wait(t, "delivery proven", 1) // a probe that was lost in the silence would have the gap go on
 	proxy.Silence()
 	silenced := time.Now()
 	deaf := r.heardAgain(t, testkit.DB(t), channel).Sub(silenced)
