@@ -48,6 +48,21 @@ func TestStopWhileQueueIsFull(t *testing.T) {
 	}
 }
 
+// TestProgramsDieOfABrokenPipe: as under cron. A signal that is ignored stays so in every program, and no shell can undo it.
+func TestProgramsDieOfABrokenPipe(t *testing.T) {
+	t.Parallel()
+	channel, path := testkit.ChannelName(t), filepath.Join(t.TempDir(), "script")
+	if err := testkit.WriteProgram(path, "#!/bin/sh\n(yes; echo \"yes ended with $?\" >&2) | head -n 1 >/dev/null\n"); err != nil {
+		t.Fatal(err)
+	}
+	p := runProgram(t, fast(testkit.DSN(t), channel+"=exec:"+path))
+	p.Wait(t, "listening", 1)
+	testkit.Send(t, channel, "")
+	if line := p.Wait(t, "output", 1); line["line"] != "yes ended with 141" { // 128 and SIGPIPE
+		t.Errorf("%v", line)
+	}
+}
+
 func TestStopWhileHandlerIsStuck(t *testing.T) {
 	t.Parallel()
 	channel := testkit.ChannelName(t)

@@ -26,7 +26,7 @@ func main() {
 	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
 		signals = append(signals, syscall.SIGHUP)
 	}
-	signal.Ignore(syscall.SIGPIPE) // whoever reads the log may end before us
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // whoever reads the log may end before us; what is ignored programs inherit
 	ctx, stop := signal.NotifyContext(context.Background(), signals...)
 	// The first signal stops in order; from then on a second one ends the process at once.
 	context.AfterFunc(ctx, stop)
