@@ -9,7 +9,7 @@ import (
 // Permanent marks an error that no retry can mend. The nil error stays nil, here and below.
 func Permanent(err error) error { return mark(err, marked{permanent: true}) }
 
-// RetryAfter marks an error after which a retry should wait for d at least. The outbox waits for up to an hour, a paused doorbell
+// RetryAfter marks an error after which a retry should wait for d at least. A row of the outbox waits for up to an hour, a paused channel
 // for up to a minute, and a plain channel or another doorbell for up to half a minute, since everything behind the notification
 // waits with it.
 func RetryAfter(err error, d time.Duration) error { return mark(err, marked{after: d}) }

@@ -329,7 +329,7 @@ func TestRowsClaimedBeforeAPauseAreGivenBack(t *testing.T) {
 	testkit.Eventually(t, "never counted", func() bool { r.mu.Lock(); defer r.mu.Unlock(); return !r.counts.counted.IsZero() })
 	r.mu.Lock()
 	for i := range 6 {
-		r.breaker.Fail(fmt.Sprint(i), errors.New("refused"), time.Now())
+		r.breaker.Fail(fmt.Sprint(i), errors.New("refused"), 0, time.Now())
 	}
 	if !r.breaker.Open() {
 		t.Error("not paused")

@@ -165,6 +165,22 @@ func TestPoisonThatLooksLikeAnOutage(t *testing.T) {
 	}
 }
 
+// TestPausedChannelWaitsAsLongAsItsReceiverAsks: and for a minute at most, which is how long its own pauses grow.
+func TestPausedChannelWaitsAsLongAsItsReceiverAsks(t *testing.T) {
+	t.Parallel()
+	channel, tab := testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
+	r := run(t, config{table: tab, attempts: 10, concurrency: 3}, notify.HandlerFunc(func(context.Context, notify.Notification) error {
+		return notify.RetryAfter(notify.Unavailable(errors.New("429")), time.Hour)
+	}))
+	fill(t, tab, channel, 3)
+	r.Wait(t, "channel paused", 1)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if wait := r.breaker.Try(time.Now(), slowTry); wait < 50*time.Second || wait > time.Minute {
+		t.Errorf("the next try is in %v", wait)
+	}
+}
+
 func TestChannelsDoNotPauseEachOther(t *testing.T) {
 	t.Parallel()
 	tab := outboxTable(t, testkit.DB(t))
@@ -233,7 +249,7 @@ func TestTryThatIsNeverAnswered(t *testing.T) {
 // pausedFor is a Breaker that opened some time ago.
 func pausedFor(d time.Duration, cause error) (b retry.Breaker) {
 	for i := range 3 {
-		b.Fail(fmt.Sprint(i), cause, time.Now().Add(-d))
+		b.Fail(fmt.Sprint(i), cause, 0, time.Now().Add(-d))
 	}
 	return b
 }

@@ -90,7 +90,7 @@ func (o *Outbox) judge(j job, err error) (blamed bool) {
 	case o.breaker.Open() && (notify.IsUnavailable(err) && !j.try || call.Kind(err) == "timeout"):
 		return false // it began before the pause, and is no try; or it says nothing of the receiver, and nothing of the row
 	case notify.IsUnavailable(err):
-		opened, wasOpen := o.breaker.Fail(j.event, err, now)
+		opened, wasOpen := o.breaker.Fail(j.event, err, notify.RetryDelay(err), now)
 		if opened || wasOpen && retry.IsPowerOfTwo(o.breaker.Tries()) {
 			o.log.Warn(call.Paused, "tries", o.breaker.Tries(), "error", err)
 		}

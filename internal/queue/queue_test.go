@@ -429,6 +429,46 @@ func TestPausedDoorbellWaitsAsLongAsItsReceiverAsks(t *testing.T) {
 	}
 }
 
+// TestPausedDoorbellBlamesItsReceiverUntilThatAnswers: a receiver that accepts the call and is silent is as far away as before. One that
+// answers, in whatever way, ends the pause; what fails then is the run's own.
+func TestPausedDoorbellBlamesItsReceiverUntilThatAnswers(t *testing.T) {
+	for name, c := range map[string]struct {
+		silent int   // calls that are not answered, after the third has paused the channel
+		answer error // to all after those
+		gaveUp int
+	}{
+		"silent for long":       {silent: 10},
+		"answers with an error": {silent: 2, answer: errors.New("no such table"), gaveUp: 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				calls := 0
+				w := newTestQueue(t, notify.HandlerFunc(func(ctx context.Context, _ notify.Notification) error {
+					switch calls++; {
+					case calls <= 3:
+						return errAway
+					case calls <= 3+c.silent:
+						<-ctx.Done()
+						return context.Cause(ctx)
+					}
+					return c.answer
+				}), Options{Doorbell: true, Limits: call.Limits{Timeout: 5 * time.Second, LateAfter: time.Hour}})
+				w.give(t, "")
+				time.Sleep(time.Hour)
+				if n := len(w.All("gave up")); n != c.gaveUp {
+					t.Errorf("gave up %d times, want %d, after %d calls", n, c.gaveUp, calls)
+				}
+				if n := len(w.All("channel resumed")); n != 1 || stat(w, "pglistener_channel_paused", "") != 0 {
+					t.Errorf("resumed %d times; paused is %v", n, stat(w, "pglistener_channel_paused", ""))
+				}
+				if got := w.Ready(); got != nil && strings.Contains(got.Error(), "connection refused") {
+					t.Errorf("an old cause: %v", got)
+				}
+			})
+		})
+	}
+}
+
 // A stop does not wait for a receiver that is away: the doorbell runs at the next start.
 func TestPausedDoorbellDoesNotHoldUpTheStop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -10,13 +10,16 @@ import (
 )
 
 // pause says whether a failed run of a doorbell was the receiver's fault, so that the channel waits for it and the run spends no
-// attempt. q.mu is held.
+// attempt. While it waits, no answer in time says nothing new; any other failure is an answer. q.mu is held.
 func (q *Queue) pause(n notify.Notification, err error) (paused bool) {
-	if !q.options.Doorbell || !notify.IsUnavailable(err) {
+	if open := q.breaker.Open(); !q.options.Doorbell || !notify.IsUnavailable(err) && !(open && call.Kind(err) == "timeout") {
+		if open {
+			q.resume(time.Now())
+		}
 		return false
 	}
 	// A run has no payload that could be at fault, so each try counts as another.
-	opened, wasOpen := q.breaker.Fail(fmt.Sprint(n.Key, n.Attempt), err, time.Now())
+	opened, wasOpen := q.breaker.Fail(fmt.Sprint(n.Key, n.Attempt), err, notify.RetryDelay(err), time.Now())
 	if opened || wasOpen && retry.IsPowerOfTwo(q.breaker.Tries()) {
 		q.log.Warn(call.Paused, "tries", q.breaker.Tries(), "error", err)
 	}
@@ -26,8 +29,7 @@ func (q *Queue) pause(n notify.Notification, err error) (paused bool) {
 // awaitReceiver waits until it is time for the next try of a paused channel, or returns false: the listener stops.
 // q.mu is held, but not while it waits.
 func (q *Queue) awaitReceiver() bool {
-	_, cause := q.breaker.Since()
-	wait := max(q.breaker.Try(time.Now(), 0), min(notify.RetryDelay(cause), time.Minute))
+	wait := q.breaker.Try(time.Now(), 0)
 	q.mu.Unlock()
 	defer q.mu.Lock()
 	return retry.Sleep(q.drain, wait)
@@ -36,6 +38,11 @@ func (q *Queue) awaitReceiver() bool {
 // succeeded takes note of a call that succeeded just now. q.mu is held.
 func (q *Queue) succeeded(now time.Time) {
 	q.busySince, q.undone = now, false
+	q.resume(now)
+}
+
+// resume ends a pause, if there is one: the receiver has answered. q.mu is held.
+func (q *Queue) resume(now time.Time) {
 	if paused := q.breaker.Succeed(now); paused > 0 {
 		q.log.Info(call.Resumed, "paused_for", paused.Round(time.Millisecond))
 	}

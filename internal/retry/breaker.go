@@ -21,24 +21,22 @@ const threshold = 3
 // breakerPause spaces the tries while a Breaker is open.
 var breakerPause = Backoff{Min: 2 * time.Second, Max: time.Minute}
 
-// Fail counts a failure of an item that was the receiver's. It returns whether the Breaker has just opened, and whether it was
-// open already: then the item is not to blame, and spends no attempt.
-func (b *Breaker) Fail(item string, cause error, now time.Time) (opened, wasOpen bool) {
-	b.cause = cause
-	if b.Open() {
-		b.tries++
-		b.next = now.Add(breakerPause.After(b.tries))
-		return false, true
-	}
-	if !slices.Contains(b.failed, item) {
+// Fail counts a failure of an item that was the receiver's, who may ask for a pause. It returns whether the Breaker has just opened, and
+// whether it was open already: then the item is not to blame, and spends no attempt.
+func (b *Breaker) Fail(item string, cause error, asked time.Duration, now time.Time) (opened, wasOpen bool) {
+	b.cause, wasOpen = cause, b.Open()
+	if !wasOpen && !slices.Contains(b.failed, item) {
 		b.failed = append(b.failed, item)
 	}
-	if len(b.failed) < threshold {
+	if !wasOpen && len(b.failed) < threshold {
 		return false, false
 	}
-	b.since, b.tries, b.failed = now, 1, nil
-	b.next = now.Add(breakerPause.After(b.tries))
-	return true, false
+	if !wasOpen {
+		b.since, b.failed = now, nil
+	}
+	b.tries++
+	b.next = now.Add(max(breakerPause.After(b.tries), min(asked, breakerPause.Max)))
+	return !wasOpen, wasOpen
 }
 
 // Succeed closes the Breaker: the receiver has answered. It returns for how long it was open; 0 when it was not.
