@@ -3,9 +3,11 @@
 package outbox
 
 import (
+	"context"
 	"database/sql"
 	"encoding/json"
 	"fmt"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -65,6 +67,66 @@ func (s *seen) wait(t *testing.T, payload string) (took time.Duration) {
 	began := time.Now()
 	testkit.Eventually(t, payload+" is handled", func() bool { return slices.Contains(s.payloads(), payload) })
 	return time.Since(began)
+}
+
+// TestWhoKeepsDeadRows: whoever is named may be ended for it by a person, so it must be one who keeps them, and not the vacuum that
+// removes them, nor a report in another database.
+func TestWhoKeepsDeadRows(t *testing.T) {
+	t.Parallel()
+	server := testkit.OwnServer(t, "autovacuum = off")
+	db := testkit.Open(t, server.DSN())
+	testkit.Exec(t, db, "create database other")
+	testkit.Exec(t, db, "create table kept (n int)")
+	testkit.Exec(t, db, "insert into kept select generate_series(1, 20000)")
+	elsewhere, err := url.Parse(server.DSN())
+	if err != nil {
+		t.Fatal(err)
+	}
+	elsewhere.Path = "/other"
+	testkit.Exec(t, testkit.Open(t, elsewhere.String()), "create table kept (n int)")
+	for _, c := range []struct {
+		who, dsn, begin, do string
+		keeps               bool
+	}{
+		{"reader", server.DSN(), "begin isolation level repeatable read", "select count(*) from kept", true},
+		{"writer", server.DSN(), "begin", "insert into kept values (0)", true},
+		{"reader elsewhere", elsewhere.String(), "begin isolation level repeatable read", "select count(*) from kept", false},
+		{"writer elsewhere", elsewhere.String(), "begin isolation level repeatable read", "insert into kept values (0)", true},
+		{"vacuum", server.DSN(), "set vacuum_cost_delay = 100; set vacuum_cost_limit = 1", "vacuum kept", false}, // it takes ten seconds
+	} {
+		sessions := testkit.Open(t, testkit.WithParams(c.dsn, "application_name", c.who))
+		session, err := sessions.Conn(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := session.ExecContext(t.Context(), c.begin); err != nil {
+			t.Fatal(err)
+		}
+		ctx, end := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { _, err := session.ExecContext(ctx, c.do); done <- err }()
+		if c.who == "vacuum" {
+			testkit.Eventually(t, "no vacuum at work", func() (at bool) {
+				err := db.QueryRow("select exists (select from pg_stat_activity a join pg_stat_progress_vacuum using (pid) where backend_xmin is not null)").Scan(&at)
+				return err == nil && at
+			})
+		} else if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		var who, snapshot string
+		if err := db.QueryRow(holderSQL).Scan(&who, &snapshot); err != nil {
+			t.Fatal(err)
+		}
+		if !c.keeps && who != "" || c.keeps && !strings.HasSuffix(who, ", "+c.who) || (who == "") != (snapshot == "") {
+			t.Errorf("%s: %q %q is named", c.who, who, snapshot)
+		}
+		end()
+		_, _ = session.Close(), sessions.Close() // which ends what it has begun
+		testkit.Eventually(t, c.who+" is still there", func() (gone bool) {
+			err := db.QueryRow("select not exists (select from pg_stat_activity where application_name = $1 and coalesce(backend_xid, backend_xmin) is not null)", c.who).Scan(&gone)
+			return err == nil && gone
+		})
+	}
 }
 
 // TestDeadRowsAreReadOnce: while a snapshot keeps dead rows from being removed, a claim reads none of those that were read before,
