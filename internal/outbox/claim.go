@@ -47,7 +47,13 @@ func (o *Outbox) claim(stop context.Context) {
 // to Ready at once.
 func (o *Outbox) fetch(room int) (claimed int, next time.Duration, err error) {
 	defer func() { o.readable(err, "") }()
-	if err = o.keepSchedule(); err != nil {
+	o.mu.Lock()
+	unfit := o.health.read != nil || o.health.write != nil
+	o.mu.Unlock()
+	if err = o.keepSchedule(); err == nil && unfit { // what cannot be ended must not be claimed, or it would be handled again and again
+		err = o.store.exec(verifySQL)
+	}
+	if err != nil {
 		return 0, 0, err
 	}
 	short := o.scan.short()
@@ -162,8 +168,8 @@ func (o *Outbox) push(jobs []job) {
 	o.begins()
 	paused := o.breaker.Open()
 	for _, j := range jobs {
-		j.try = paused && len(jobs) == 1 // of more, the channel was paused since room was asked for
-		o.buffer = append(o.buffer, j)
+		j.try = paused && len(jobs) == 1                                    // of more, the channel was paused since room was asked for
+		o.buffer, o.size = append(o.buffer, j), max(o.size, len(j.payload)) // or as many large rows would come as there were small ones
 	}
 	for n := len(o.buffer) - o.idle; n > 0 && o.workers < o.options.Concurrency; n-- {
 		o.workers++

@@ -5,7 +5,7 @@ with r as materialized (
 	select * from unnest($1::bigint[], $2::int[], $3::text[], $4::timestamptz[], $6::float8[], $7::float8[], $8::bool[], $9::text[])
 		as r (id, attempts, was, until, wait, next, failed, text)),
 held as materialized (
-	select o.ctid as place, o.id, o.xmin::text <> r.was as changed,
+	select o.ctid as place, o.tableoid as part, o.id, o.xmin::text <> r.was as changed,
 		coalesce(o.lease = $5 and o.leased_until = r.until, false) and (o.attempts = r.attempts or o.attempts = -1) as ours
 	from {table} o join r on o.id = r.id
 	for update of o skip locked),
@@ -22,11 +22,11 @@ updated as (
 		last_error = case when held.changed then o.last_error else nullif(r.text, '') end,
 		failed_at = case when not held.changed and r.failed and r.next <= 0 then now() end
 	from held join r on r.id = held.id
-	where o.ctid = held.place and held.ours and (held.changed or r.next > 0 or r.text <> '')
+	where o.ctid = held.place and o.tableoid = held.part and held.ours and (held.changed or r.next > 0 or r.text <> '')
 	returning o.id),
 deleted as (
 	delete from {table} o using held join r on r.id = held.id
-	where o.ctid = held.place and held.ours and not held.changed and r.next <= 0 and r.text = ''
+	where o.ctid = held.place and o.tableoid = held.part and held.ours and not held.changed and r.next <= 0 and r.text = ''
 	returning o.id)
 select coalesce(json_object_agg(r.id, case
 	when held.id is null then case when exists (select from {table} o where o.id = r.id) then 'locked' else 'lost' end

@@ -3,6 +3,7 @@
 package outbox
 
 import (
+	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -130,5 +131,54 @@ func TestFenceSeesEveryClaim(t *testing.T) {
 	held(next)
 	if _, ids, err := s.count([]int64{next.id, next.id + 1}); err != nil || !slices.Equal(ids, []int64{next.id}) {
 		t.Errorf("alive: %v, %v", ids, err)
+	}
+}
+
+// TestTableOfSeveral: a ctid is a place in one table. Of a table that is divided into partitions, or has children, each part has the
+// same places, and a claim of a row must not take what stands in the same place of another.
+func TestTableOfSeveral(t *testing.T) {
+	t.Parallel()
+	db := testkit.DB(t)
+	for name, divide := range map[string]string{
+		"children": `create table "%s_mail" () inherits ("%[1]s")`,
+		"partitions": `alter table "%[1]s" rename to "%[1]s_orders"; create table "%[1]s" (like "%[1]s_orders" including defaults including identity) partition by list (channel);
+			alter table "%[1]s" attach partition "%[1]s_orders" for values in ('orders'); create table "%[1]s_mail" partition of "%[1]s" for values in ('mail')`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, tab := storeOf(t)
+			s.channel = "orders"
+			t.Cleanup(func() { _, _ = db.Exec(`drop table if exists "` + tab + `" cascade`) })
+			testkit.Exec(t, db, fmt.Sprintf(divide, tab))
+			insert(t, db, tab, "orders", "")
+			testkit.Exec(t, db, `insert into "`+tab+`_mail" (id, channel) overriding system value select n, 'mail' from generate_series(1001, 1050) n`) // in all places
+			mail := func() (state string) {
+				if err := db.QueryRow(`select string_agg(format('%s %s %s', id, attempts, last_error), ', ' order by id) from "` + tab + `" where channel = 'mail'`).Scan(&state); err != nil {
+					t.Fatal(err)
+				}
+				return state
+			}
+			claim := func() []job {
+				jobs, err := s.claim(10, place{}, 0)
+				if err != nil || len(jobs) != 1 {
+					t.Fatalf("%d rows are claimed: %v", len(jobs), err)
+				}
+				return jobs
+			}
+			before := mail()
+			if err := s.giveBack(claim()); err != nil || mail() != before {
+				t.Errorf("given back: %v; the mail is %q", err, mail())
+			}
+			for _, e := range []ending{{text: "no"}, {text: "no", failed: true, runAt: time.Now().Add(-time.Second)}, {text: ""}} {
+				e.job = claim()[0]
+				e.keyed = true
+				fates, err := s.end([]ending{e})
+				if err != nil || fates[e.id] != ended || mail() != before {
+					t.Errorf("ended %q: %v %v; the mail is %q", e.text, fates, err, mail())
+				}
+			}
+			if n := rowCount(t, db, tab); n != 51 {
+				t.Errorf("%d rows are left, want the mail and a copy of what has failed", n)
+			}
+		})
 	}
 }

@@ -127,6 +127,15 @@ func makeOutbox(t *testing.T, db *sql.DB, name string) {
 	testkit.Exec(t, db, sql)
 }
 
+// userWith makes a user that has rights on a table and no other, and returns its connection string.
+func userWith(t *testing.T, tab, rights string) string {
+	t.Helper()
+	role := "r" + strconv.FormatInt(time.Now().UnixNano(), 36)
+	testkit.Exec(t, testkit.DB(t), `create role `+role+` login password 'x'; grant `+rights+` on "`+tab+`" to `+role)
+	t.Cleanup(func() { _, _ = testkit.DB(t).Exec(`revoke all on "` + tab + `" from ` + role + `; drop role ` + role) })
+	return testkit.WithUser(testkit.DSN(t), role, "x")
+}
+
 // emptied waits until the outbox is.
 func emptied(t *testing.T, db *sql.DB, table string) {
 	t.Helper()
@@ -693,6 +702,31 @@ func TestClaimIsBoundedInBytes(t *testing.T) {
 	if jobs != 4 { // the fourth begins before 1,000,000
 		t.Errorf("a claim of a million bytes took %d rows of 300,000", jobs)
 	}
+}
+
+// TestLargeRowsAreNotClaimedAheadLikeSmallOnes: how much is claimed ahead is known by the rows that came before.
+func TestLargeRowsAreNotClaimedAheadLikeSmallOnes(t *testing.T) {
+	t.Parallel()
+	db, channel := testkit.DB(t), testkit.ChannelName(t)
+	tab := outboxTable(t, db)
+	gate := make(chan struct{})
+	r := run(t, config{table: tab, concurrency: 2, tweak: func(o *Outbox) { o.store.bytes = 1_000_000 }}, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
+		if len(n.Payload) > 1000 {
+			<-gate
+		}
+		return nil
+	}))
+	fill(t, tab, channel, 500)
+	emptied(t, db, tab)
+	testkit.Exec(t, db, `insert into "`+tab+`" (channel, payload) select $1, repeat('x', 300000) from generate_series(1, 200)`, channel)
+	held := func() (rows int) { r.mu.Lock(); defer r.mu.Unlock(); return r.running + len(r.buffer) }
+	testkit.Eventually(t, "nothing is claimed ahead", func() bool { return held() > 2 })
+	time.Sleep(500 * time.Millisecond) // that no more is claimed is the point
+	if n := held(); n > 10 {           // two run, and the four of a claim twice
+		t.Errorf("%d rows of 300 kB are held, where a megabyte was allowed", n)
+	}
+	close(gate)
+	emptied(t, db, tab)
 }
 
 // TestConcurrencyCostsNothing: goroutines are started for work that is there, and not for CONCURRENCY.

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -460,7 +459,7 @@ func TestLockedScheduleHoldsUpNoClaim(t *testing.T) {
 func TestOneResultHoldsUpNoOther(t *testing.T) {
 	t.Parallel()
 	db, channel, tab := testkit.DB(t), testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
-	dsn := withoutInsert(t, tab)
+	dsn := userWith(t, tab, "select, update, delete")
 	for payload, attempts := range map[string]int{"refused": 1, "fails once": 0} {
 		testkit.Exec(t, db, `insert into "`+tab+`" (channel, payload, schedule) values ($1, $2, '@every 1h')`, channel, payload)
 		testkit.Exec(t, db, `update "`+tab+`" set attempts = $2, run_at = now() - interval '1 minute' where payload = $1`, payload, attempts)
@@ -490,7 +489,7 @@ func TestOneResultHoldsUpNoOther(t *testing.T) {
 func TestOnlyTheNewestResultOfARowCounts(t *testing.T) {
 	t.Parallel()
 	db, channel, tab := testkit.DB(t), testkit.ChannelName(t), outboxTable(t, testkit.DB(t))
-	dsn := withoutInsert(t, tab)
+	dsn := userWith(t, tab, "select, update, delete")
 	testkit.Exec(t, db, `insert into "`+tab+`" (channel, payload, schedule) values ($1, 'p', '@every 1h')`, channel)
 	testkit.Exec(t, db, `update "`+tab+`" set attempts = 0, run_at = now() - interval '1 minute'`)
 	var runs atomic.Int64
@@ -507,13 +506,4 @@ func TestOnlyTheNewestResultOfARowCounts(t *testing.T) {
 	if failed != 1 || lost != float64(runs.Load())-1 {
 		t.Errorf("of %d runs %v have failed and %v have lost their lease", runs.Load(), failed, lost)
 	}
-}
-
-// withoutInsert makes a user that may do all with a table but insert, and returns its connection string.
-func withoutInsert(t *testing.T, tab string) string {
-	t.Helper()
-	role := "r" + strconv.FormatInt(time.Now().UnixNano(), 36)
-	testkit.Exec(t, testkit.DB(t), `create role `+role+` login password 'x'; grant select, update, delete on "`+tab+`" to `+role)
-	t.Cleanup(func() { _, _ = testkit.DB(t).Exec(`revoke all on "` + tab + `" from ` + role + `; drop role ` + role) })
-	return testkit.WithUser(testkit.DSN(t), role, "x")
 }

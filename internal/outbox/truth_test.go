@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -99,6 +100,64 @@ func TestNotReadyWhileTheTableCannotBeUsed(t *testing.T) {
 	mend()
 	testkit.Eventually(t, "not ready although it is mended", func() bool { return r.Ready() == nil })
 	emptied(t, db, tab)
+}
+
+// TestNothingIsClaimedThatCannotBeEnded: a claim needs no right to delete. Rows that are claimed without it would be handled again at the end
+// of each lease.
+func TestNothingIsClaimedThatCannotBeEnded(t *testing.T) {
+	t.Parallel()
+	db, channel := testkit.DB(t), testkit.ChannelName(t)
+	tab := outboxTable(t, db)
+	dsn := userWith(t, tab, "select, insert, update, delete")
+	role := regexp.MustCompile(`//(\w+):`).FindStringSubmatch(dsn)[1]
+	seen, gate := &seen{}, make(chan struct{})
+	r := run(t, config{dsn: dsn, table: tab}, notify.HandlerFunc(func(ctx context.Context, n notify.Notification) error {
+		if n.Payload == "held" {
+			<-gate
+		}
+		return seen.Handle(ctx, n)
+	}))
+	testkit.Eventually(t, "never counted", func() bool { r.mu.Lock(); defer r.mu.Unlock(); return !r.counts.counted.IsZero() })
+	claimed := func() (n int) {
+		if err := db.QueryRow(`select count(*) from "` + tab + `" where attempts > 0`).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+
+	// The probe finds out while it is idle.
+	testkit.Exec(t, db, `revoke delete on "`+tab+`" from `+role)
+	_, err := testkit.Open(t, dsn).Exec(r.Verify())
+	if err == nil {
+		t.Fatal("the statement of the probe does not need the right to delete")
+	}
+	r.Verified(err)
+	fill(t, tab, channel, 3)
+	line := r.Wait(t, "outbox cannot be read", 2) // it has tried twice
+	if hint := fmt.Sprint(line["hint"]); !strings.Contains(hint, "grant") || r.Ready() == nil || claimed() > 0 || len(seen.payloads()) > 0 {
+		t.Errorf("hint %q, ready: %v; %d are claimed and %d handled", hint, r.Ready(), claimed(), len(seen.payloads()))
+	}
+	testkit.Exec(t, db, `grant delete on "`+tab+`" to `+role)
+	emptied(t, db, tab)
+	testkit.Eventually(t, "not ready although it is mended", func() bool { return r.Ready() == nil })
+
+	// The first result finds out.
+	insert(t, db, tab, channel, "held")
+	testkit.Eventually(t, "not begun", func() bool { r.mu.Lock(); defer r.mu.Unlock(); return r.running == 1 })
+	testkit.Exec(t, db, `revoke delete on "`+tab+`" from `+role)
+	before := len(r.All("outbox cannot be read"))
+	close(gate)
+	r.Wait(t, "results of the outbox cannot be written", 1)
+	insert(t, db, tab, channel, "next")
+	r.Wait(t, "outbox cannot be read", before+1)
+	if n := claimed(); n != 1 || r.Ready() == nil {
+		t.Errorf("%d are claimed; ready: %v", n, r.Ready())
+	}
+	testkit.Exec(t, db, `grant delete on "`+tab+`" to `+role)
+	emptied(t, db, tab)
+	if got := strings.Join(seen.payloads(), " "); got != "1 2 3 held next" {
+		t.Errorf("handled %s", got)
+	}
 }
 
 // TestFiguresOfRowsAreRecent: what this replica has done to rows is seen after 5 s, though they were counted just before.
