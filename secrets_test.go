@@ -106,7 +106,7 @@ func TestNoSecretIsShown(t *testing.T) {
 	clean("last_error", text)
 
 	// What is typed wrong is not repeated either.
-	for _, args := range [][]string{{"postgres://u:hunter2@h/db"}, {"-check", "hunter2"}, {"-check=hunter2"}, {"--database-url=hunter2"}} {
+	for _, args := range [][]string{{"postgres://u:hunter2@h/db"}, {"-check", "hunter2"}, {"-check=hunter2"}, {"--database-url=hunter2"}, {"-dpostgres://u:hunter2@h/db"}, {"-phunter2"}} {
 		var out bytes.Buffer
 		if code := run(t.Context(), args, cli.Env{Lookup: vars{}.lookup, Stdout: &out, Stderr: &out}); code != cli.Usage {
 			t.Errorf("%v: exit code %d", args, code)
@@ -117,8 +117,9 @@ func TestNoSecretIsShown(t *testing.T) {
 		{"CHANNELS": "a=https://h/x?a=1,2&token=hunter2"}, {"CHANNELS": "a=exec:./p --pw x,hunter2 y"}, {"CHANNELS": "a=htps://u:hunter2@h"},
 		{"CHANNELS": "a", "A_HANDLER": "exec:/bin/true --pw '&hunter2'"},
 		{"CHANNELS": "a", "WEBHOOK_SECRET": "hunter2"}, {"CHANNELS": "a", "A_HANDLER": "https://u:hunter2%zz@h/"}, {"CHANNELS": "a", "DATABASE_URL": "postgres://u:hunter2%zz@h/d"},
+		{"CHANNELS": "a", "WEBHOOK_SECRET_FILE": "hunter2"}, {"CHANNELS": "a", "A_WEBHOOK_AUTHORIZATION_FILE": "Bearer hunter2"}, {"CHANNELS": "a", "DATABASE_URL_FILE": "postgres://u:hunter2@h/d"},
 	} {
-		if bad["DATABASE_URL"] == "" {
+		if bad["DATABASE_URL"] == "" && bad["DATABASE_URL_FILE"] == "" {
 			bad["DATABASE_URL"] = "postgres://localhost/x"
 		}
 		clean(fmt.Sprint("mistake ", i), problemsOf(t, bad))

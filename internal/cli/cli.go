@@ -52,7 +52,7 @@ func Parse(args []string, commands []Command) (c Command, operands []string, err
 	if len(args) > 0 {
 		var hasValue bool
 		name, _, hasValue = strings.Cut(args[0], "=")
-		if !strings.HasPrefix(name, "-") || hasValue {
+		if !strings.HasPrefix(name, "-") || hasValue || strings.ContainsAny(name, ":@/0123456789") { // as in -pPASSWORD
 			return Command{}, nil, unexpected
 		}
 		operands = args[1:]

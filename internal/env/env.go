@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"slices"
@@ -183,13 +185,16 @@ func (v Variable) find(lookup Lookuper, name string) (string, error) {
 	if path = Unquote(path); !v.File || path == "" {
 		return value, nil
 	}
-	data, err := readSmall(path)
+	data, err := ReadFile(path, 64<<10)
 	text := strings.TrimRight(string(data), "\r\n")
 	switch {
 	case value != "":
 		err = fmt.Errorf("%s is set too; set one of them", name)
 	case err == nil && text == "":
 		err = fmt.Errorf("%q is empty", path)
+	}
+	if unread := new(fs.PathError); errors.As(err, &unread) && !filepath.IsAbs(path) {
+		err = fmt.Errorf("%w (not shown: it may be the secret itself; write the path from / on)", unread.Err)
 	}
 	if err != nil {
 		return "", fmt.Errorf("%s_FILE: %w", name, err)
@@ -213,16 +218,15 @@ func Unquote(value string) string {
 	return value
 }
 
-// readSmall reads a file that holds one value, so that a wrong path cannot fill the memory.
-func readSmall(path string) ([]byte, error) {
-	const limit = 64 << 10
+// ReadFile reads a file of at most so many bytes, so that a wrong path cannot fill the memory.
+func ReadFile(path string, limit int64) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && len(data) > limit {
+	if err == nil && int64(len(data)) > limit {
 		err = fmt.Errorf("%q is larger than %d bytes", path, limit)
 	}
 	return data, err

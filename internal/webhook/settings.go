@@ -11,14 +11,14 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/textproto"
 	"net/url"
-	"os"
 	"slices"
 	"strings"
 	"sync"
+
+	"github.com/pglistener/pglistener/internal/env"
 )
 
 // Settings are the variables of a webhook.
@@ -158,7 +158,7 @@ func headerValue(s string) (string, error) {
 // readAuthorities reads those that are trusted instead of the system's, as curl's --cacert does. A file that is cut off within a
 // certificate is an error.
 func (p *prepared) readAuthorities(path string) error {
-	data, err := readFile(path)
+	data, err := env.ReadFile(path, largestFile)
 	if err != nil {
 		return err
 	}
@@ -180,8 +180,8 @@ func (p *prepared) readCertificate(certPath, keyPath string) error {
 	if certPath == "" || keyPath == "" {
 		return errors.New("a client certificate needs both; set the other one too")
 	}
-	cert, certErr := readFile(certPath)
-	key, keyErr := readFile(keyPath)
+	cert, certErr := env.ReadFile(certPath, largestFile)
+	key, keyErr := env.ReadFile(keyPath, largestFile)
 	pair, err := tls.X509KeyPair(cert, key)
 	if err := cmp.Or(certErr, keyErr, err); err != nil {
 		return err
@@ -190,15 +190,7 @@ func (p *prepared) readCertificate(certPath, keyPath string) error {
 	return nil
 }
 
-// readFile reads a file of certificates or keys, so that a wrong path cannot fill the memory.
-func readFile(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, 4<<20))
-}
+const largestFile = 4 << 20 // of certificates or keys
 
 // hide adds secrets that no error may show. A shorter one would blank ordinary words.
 func (p *prepared) hide(secrets ...string) {
