@@ -1,6 +1,7 @@
 package schedule
 
 import (
+	"strings"
 	"testing"
 	"time"
 )
@@ -33,6 +34,25 @@ func TestClockThatJumps(t *testing.T) {
 		}
 		if w := c.Wait(); w > 20*time.Second { // though the next time is up to an hour away
 			t.Errorf("step %d: looks at the clock again only after %v", i, w)
+		}
+	}
+}
+
+// TestZoneOfTheEnvironment: Go takes a TZ that it does not know for UTC, in silence.
+func TestZoneOfTheEnvironment(t *testing.T) {
+	for tz, unknown := range map[string]bool{
+		"": false, "UTC": false, "Europe/Berlin": false, ":Europe/Berlin": false, "/etc/localtime": false,
+		"Europe/Berln": true, "'Europe/Berlin'": true, "CET-1CEST": true, ":Mars": true,
+	} {
+		t.Setenv("TZ", tz)
+		problems := Settings{Text: "0 3 * * *"}.Validate()
+		if unknown != (len(problems) == 1 && strings.HasPrefix(problems[0].Error(), "SCHEDULE: ") && strings.Contains(problems[0].Error(), "TZ")) {
+			t.Errorf("TZ=%s: %v", tz, problems)
+		}
+		for _, s := range []Settings{{}, {Text: "CRON_TZ=Asia/Tokyo 0 3 * * *"}} { // it does not matter
+			if problems := s.Validate(); len(problems) > 0 {
+				t.Errorf("TZ=%s: %q: %v", tz, s.Text, problems)
+			}
 		}
 	}
 }

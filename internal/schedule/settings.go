@@ -1,9 +1,11 @@
 package schedule
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 	_ "time/tzdata" // an image from scratch has no zones
 )
@@ -15,7 +17,12 @@ type Settings struct {
 
 // Validate returns why the schedule cannot be read.
 func (s Settings) Validate() []error {
-	if _, err := Next(s.Text, time.Time{}, time.Now()); s.Text != "" && err != nil {
+	_, err := Next(s.Text, time.Time{}, time.Now())
+	tz := strings.TrimPrefix(os.Getenv("TZ"), ":")
+	if _, unknown := time.LoadLocation(tz); unknown != nil && tz[0] != '/' && !strings.Contains(s.Text, "TZ=") { // Go would take it for UTC
+		err = cmp.Or(err, fmt.Errorf("its time zone is that of TZ, and %q is unknown, expected a name such as Europe/Berlin", tz))
+	}
+	if s.Text != "" && err != nil {
 		return []error{fmt.Errorf("SCHEDULE: %w", err)}
 	}
 	return nil
