@@ -58,7 +58,8 @@ func (s *supervisor) beat(listening, stopping bool, notReady error) {
 	tell(stopping, "STOPPING", "1")
 	tell(notReady == nil, "STATUS", "listening")
 	if notReady != nil {
-		tell(true, "STATUS", "not ready: "+strings.ReplaceAll(notReady.Error(), "\n", "; ")) // each line is a statement of its own
+		why := strings.ReplaceAll(notReady.Error(), "\n", "; ")                                // each line is a statement of its own
+		tell(true, "STATUS", "not ready: "+strings.ToValidUTF8(why[:min(len(why), 1000)], "")) // a message that is too long is ignored whole
 	}
 	if message == "" {
 		return
@@ -67,5 +68,6 @@ func (s *supervisor) beat(listening, stopping bool, notReady error) {
 	_ = s.conn.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 	if _, err := s.conn.Write([]byte(message)); err != nil {
 		s.log.Debug("systemd does not take messages", "message", message, "error", err)
+		clear(s.told) // so that all of it is said again
 	}
 }
