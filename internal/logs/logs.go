@@ -63,15 +63,17 @@ type formatter struct {
 }
 
 func (h *handler) Handle(ctx context.Context, r slog.Record) error {
+	sure := ctx.Value(sureKey{}) != nil
+	if !sure {
+		ctx = context.WithoutCancel(ctx) // what is logged of the end of a context must not end with it
+	}
 	line, err := h.format(ctx, r)
-	if err != nil {
-		return err
-	}
-	if ctx.Value(sureKey{}) == nil {
+	if err == nil && sure {
+		err = h.w.WriteContext(ctx, line)
+	} else if err == nil {
 		_, err = h.w.Write(line)
-		return err
 	}
-	return h.w.WriteContext(ctx, line)
+	return err
 }
 
 func (h *handler) format(ctx context.Context, r slog.Record) ([]byte, error) {

@@ -518,6 +518,19 @@ func TestWriteEndsWithContext(t *testing.T) {
 	}
 }
 
+// TestLineOutlivesItsContext: a handler logs what it could not finish when its time is over.
+func TestLineOutlivesItsContext(t *testing.T) {
+	p := newPipe(t, Settings{Format: "json"}, true)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for i := range 100 {
+		p.log.WarnContext(ctx, fmt.Sprint(i))
+		if r := p.next(t); r.get("msg") != fmt.Sprint(i) {
+			t.Fatalf("%q, want %d", r.text, i)
+		}
+	}
+}
+
 // Formatting waits for other sure lines that are being formatted, but only until ctx ends.
 func TestWriteEndsWhileFormatting(t *testing.T) {
 	p := newPipe(t, Settings{}, false)

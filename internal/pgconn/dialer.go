@@ -129,5 +129,7 @@ func (d *Dialer) Close() {
 	}
 }
 
-// LastHeard is when the last byte came from the server, or when the Dialer was made.
-func (d *Dialer) LastHeard() time.Time { return d.epoch.Add(time.Duration(d.heard.Load())) }
+// LastHeard is when the last byte came from the server, or when the Dialer was made, by the clock as it is now: it may have been set.
+func (d *Dialer) LastHeard() time.Time {
+	return time.Now().Add(time.Duration(d.heard.Load()) - time.Since(d.epoch))
+}

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 
 	"github.com/lib/pq"
 
@@ -152,6 +153,21 @@ func TestPausesBetweenDials(t *testing.T) {
 		d.Lost()
 		pause("the next that broke early", first/2, first)
 	})
+}
+
+// TestLastHeardFollowsTheClock: a clock that is set after the start must not leave every later gap with a wrong beginning.
+func TestLastHeardFollowsTheClock(t *testing.T) {
+	d := NewDialer(time.Second, time.Second, retry.Backoff{Min: time.Second, Max: time.Second})
+	defer d.Close()
+	d.heard.Store(int64(time.Since(d.epoch)))
+	// Only the wall clock of a Time, whose seconds begin at bit 30: at the start it was an hour behind.
+	*(*uint64)(unsafe.Pointer(&d.epoch)) -= 3600 << 30
+	if wall := time.Since(d.epoch.Round(0)); wall < 59*time.Minute || time.Since(d.epoch) > time.Minute {
+		t.Fatalf("the clocks were not set apart: %v, %v", wall, time.Since(d.epoch))
+	}
+	if ago := time.Since(d.LastHeard().Round(0)).Abs(); ago > time.Minute {
+		t.Errorf("it is said to have heard %v ago", ago)
+	}
 }
 
 // TestListenEndsWithAPong: lib/pq's Listen also returns nil when the connection has broken under it. So all is LISTENed only when

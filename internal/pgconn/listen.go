@@ -23,8 +23,7 @@ func Ping(p *pq.Listener) (err error) {
 
 // Listen LISTENs channels one after the other and repeats each until the server accepts it; lib/pq does it again on every later
 // connection. It blocks while the server is away (DESIGN fact 3), so call it on a goroutine of its own. It calls report with each
-// refusal, and at the end with nil, when every channel is known to lib/pq. It returns without that when the listener or d is
-// closed.
+// refusal, and at the end with nil, when every channel is known to lib/pq. It returns without that when the listener or d is closed.
 func (d *Dialer) Listen(p *pq.Listener, channels []string, report func(error)) {
 	for _, channel := range channels {
 		for attempt := 1; ; attempt++ {
