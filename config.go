@@ -88,12 +88,8 @@ func (c *Config) dsn() string { return env.WithDefaults(c.DatabaseURL, "pglisten
 func (c *Config) setup(r env.Route, log *slog.Logger) Setup {
 	return Setup{
 		Setup:    notify.Setup{Channel: r.Channel, Log: log.With("channel", r.Channel), Grace: c.Listener.grace(), LogPayloads: c.LogPayloads},
-		Settings: c.perChannel[r.Channel],
-		Spec:     r.Spec(),
-		Lookup:   c.lookup,
-		DSN:      c.dsn(),
-		Timeout:  c.Listener.PingTimeout,
-		Memory:   c.memory.Share(),
+		Settings: c.perChannel[r.Channel], Spec: r.Spec(), Lookup: c.lookup,
+		DSN: c.dsn(), Timeout: c.Listener.PingTimeout, Memory: c.memory.Share(),
 	}
 }
 

@@ -53,20 +53,12 @@ type FeatureSettings struct {
 func addHandlers(table map[string]newHandler) map[string]newHandler {
 	// begin: execcmd
 	table["exec"] = func(arg string, s Setup) (notify.Handler, error) {
-		words, err := env.Words(arg)
-		if err != nil {
-			return nil, err
-		}
-		return execcmd.New(words, s.Settings.Programs, s.Setup)
+		return execcmd.New(arg, s.Settings.Programs, s.Setup)
 	}
 	// end: execcmd
 	// begin: pipe
 	table["pipe"] = func(arg string, s Setup) (notify.Handler, error) {
-		words, err := env.Words(arg)
-		if err != nil {
-			return nil, err
-		}
-		return pipe.New(words, s.Settings.Programs, s.Settings.Concurrency, s.Setup)
+		return pipe.New(arg, s.Settings.Programs, s.Settings.Concurrency, s.Setup)
 	}
 	// end: pipe
 	// begin: webhook
@@ -149,12 +141,9 @@ func featureCommands() []cli.Command {
 		{Flags: "-check", Usage: "try everything once, print one line per check, exit with 0 or 1", Run: checkAll}, // feature: check
 		// begin: outbox
 		{Flags: "-outbox-schema", Operands: "[CHANNEL...]", Usage: "print the SQL that makes OUTBOX_TABLE, for psql or a migration; inserts on these channels do not NOTIFY", Run: printSchema},
-		{Flags: "-outbox-list", Operands: "[" + states + "] [ID...|CHANNEL|all]",
-			Usage: "show rows of OUTBOX_TABLE, without payloads: as columns on a terminal, otherwise as lines of JSON", Run: operate(outbox.List)},
-		{Flags: "-outbox-retry", Operands: "[-n] ID...|CHANNEL|all",
-			Usage: "make rows due now that have failed or are to be tried again later; -n only says which", Run: operate(outbox.Retry)},
-		{Flags: "-outbox-purge", Operands: "[-n] ID...|CHANNEL|all",
-			Usage: "delete rows that have failed; -n only says which", Run: operate(outbox.Purge)},
+		{Flags: "-outbox-list", Operands: "[" + states + "] [ID...|CHANNEL|all]", Usage: "show rows of OUTBOX_TABLE, without payloads: as columns on a terminal, otherwise as lines of JSON", Run: operate(outbox.List)},
+		{Flags: "-outbox-retry", Operands: "[-n] ID...|CHANNEL|all", Usage: "make rows due now that have failed or are to be tried again later; -n only says which", Run: operate(outbox.Retry)},
+		{Flags: "-outbox-purge", Operands: "[-n] ID...|CHANNEL|all", Usage: "delete rows that have failed; -n only says which", Run: operate(outbox.Purge)},
 		{Flags: "-trigger", Operands: trigger.Operands, Usage: "print the SQL of a trigger that puts each change of TABLE into the outbox, for psql or a migration", Run: printTrigger},
 		// end: outbox
 		// begin: health

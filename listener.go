@@ -268,8 +268,7 @@ func (l *Listener) onEvent(kind pq.ListenerEventType, err error) {
 	}
 }
 
-// observe follows the connection. Events are believed, and not what Listen returns: that can be nil when nothing is connected
-// (fact 8).
+// observe follows the connection. Events are believed, and not what Listen returns: that can be nil when nothing is connected (fact 8).
 func (l *Listener) observe(e event) {
 	switch e.kind {
 	case pq.ListenerEventConnected, pq.ListenerEventReconnected:

@@ -9,9 +9,8 @@ import (
 	"github.com/pglistener/pglistener/internal/pgconn"
 )
 
-// How a Listener stops, in two phases (DESIGN section 4, invariant 6). First it UNLISTENs, and lets the handlers finish what has
-// been received. Then, shortly before SHUTDOWN_TIMEOUT, it cancels the handlers, breaks the connection and counts what was not
-// handled.
+// How a Listener stops, in two phases (DESIGN section 4, invariant 6). First it UNLISTENs, and lets the handlers finish what has been
+// received. Then, shortly before SHUTDOWN_TIMEOUT, it cancels the handlers, breaks the connection and counts what was not handled.
 
 // grace is how long a handler may take to end after its context has: it fits into SHUTDOWN_TIMEOUT together with the work that is
 // to be finished.

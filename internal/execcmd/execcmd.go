@@ -22,9 +22,9 @@ type handler struct {
 	setup   notify.Setup
 }
 
-// New makes the handler of a program and its arguments.
-func New(words []string, programs proc.Settings, s notify.Setup) (notify.Handler, error) {
-	path, args, err := proc.Program("exec", words)
+// New makes the handler of a command, a program and its arguments.
+func New(command string, programs proc.Settings, s notify.Setup) (notify.Handler, error) {
+	path, args, err := proc.Program("exec", command)
 	if err != nil {
 		return nil, err
 	}
@@ -37,13 +37,8 @@ func New(words []string, programs proc.Settings, s notify.Setup) (notify.Handler
 func (h *handler) Handle(ctx context.Context, n notify.Notification) error {
 	cmd := proc.Command(ctx, h.setup.Grace, h.path, h.args...)
 	cmd.Env = append(h.environ[:len(h.environ):len(h.environ)],
-		"PGLISTENER_CHANNEL="+n.Channel,
-		"PGLISTENER_ID="+n.ID(),
-		"PGLISTENER_PID="+strconv.Itoa(n.PID),
-		"PGLISTENER_ATTEMPT="+strconv.Itoa(n.Attempt),
-		"PGLISTENER_CREATED_AT="+proc.Stamp(n.CreatedAt),
-		"PGLISTENER_RUN_AT="+proc.Stamp(n.RunAt),
-	)
+		"PGLISTENER_CHANNEL="+n.Channel, "PGLISTENER_ID="+n.ID(), "PGLISTENER_PID="+strconv.Itoa(n.PID), "PGLISTENER_ATTEMPT="+strconv.Itoa(n.Attempt),
+		"PGLISTENER_CREATED_AT="+proc.Stamp(n.CreatedAt), "PGLISTENER_RUN_AT="+proc.Stamp(n.RunAt))
 	cmd.Stdin = strings.NewReader(n.Payload) // a program that does not read it is no error to os/exec
 	stdout, stderr := &proc.Output{Log: h.setup.Log, Stream: "stdout"}, &proc.Output{Log: h.setup.Log, Stream: "stderr"}
 	defer stdout.Flush()

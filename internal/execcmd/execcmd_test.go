@@ -26,7 +26,7 @@ func script(t *testing.T, lines string) (notify.Handler, *testkit.Logs) {
 		t.Fatal(err)
 	}
 	lg := testkit.NewLogs(t)
-	h, err := New([]string{path, "arg1", "arg2"}, proc.Settings{}, notify.Setup{Log: lg.Logger(), Grace: grace})
+	h, err := New(path+" arg1 arg2", proc.Settings{}, notify.Setup{Log: lg.Logger(), Grace: grace})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,7 +103,7 @@ func TestExecIsStoppedWithItsChildren(t *testing.T) {
 			if err := testkit.WriteProgram(path, "#!/bin/sh\necho $$ > \"$1\"\n"+body+"\n"); err != nil {
 				t.Fatal(err)
 			}
-			h, err := New([]string{path, pids}, proc.Settings{}, notify.Setup{Log: testkit.NewLogs(t).Logger(), Grace: grace})
+			h, err := New(path+" "+pids, proc.Settings{}, notify.Setup{Log: testkit.NewLogs(t).Logger(), Grace: grace})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -166,7 +166,7 @@ func TestExecInheritsNoSecrets(t *testing.T) {
 			t.Fatal(err)
 		}
 		lg := testkit.NewLogs(t)
-		h, err := New([]string{path}, proc.Settings{Pass: pass}, notify.Setup{Log: lg.Logger(), Grace: grace})
+		h, err := New(path, proc.Settings{Pass: pass}, notify.Setup{Log: lg.Logger(), Grace: grace})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -194,11 +194,11 @@ func TestExecInheritsNoSecrets(t *testing.T) {
 func TestExecIsNoShell(t *testing.T) {
 	t.Parallel()
 	for _, command := range []string{"cat | wc -l", "cat > out", "cat 2>/dev/null", "true && false", "sleep 1 ;", "cat < file", "cat &"} {
-		if _, err := New(strings.Fields(command), proc.Settings{}, notify.Setup{}); err == nil || !strings.Contains(err.Error(), "no shell") {
+		if _, err := New(command, proc.Settings{}, notify.Setup{}); err == nil || !strings.Contains(err.Error(), "no shell") {
 			t.Errorf("%s: %v", command, err)
 		}
 	}
-	if _, err := New([]string{"cat", "a>b", "-x=1&2", ""}, proc.Settings{}, notify.Setup{}); err != nil { // words of their own are fine
+	if _, err := New(`cat a>b -x=1&2 ""`, proc.Settings{}, notify.Setup{}); err != nil { // words of their own are fine
 		t.Errorf("%v", err)
 	}
 }
@@ -209,7 +209,7 @@ func TestExecOfAScriptFromWindows(t *testing.T) {
 	if err := testkit.WriteProgram(path, "#!/bin/sh\r\necho hello\r\n"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := New([]string{path}, proc.Settings{}, notify.Setup{}); err == nil || !strings.Contains(err.Error(), "CR LF") || !strings.Contains(err.Error(), "sed -i") {
+	if _, err := New(path, proc.Settings{}, notify.Setup{}); err == nil || !strings.Contains(err.Error(), "CR LF") || !strings.Contains(err.Error(), "sed -i") {
 		t.Errorf("%v", err)
 	}
 }

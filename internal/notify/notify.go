@@ -64,8 +64,7 @@ type CatchUper interface {
 }
 
 // Runner is implemented by a Handler that also works on its own. Run is called once, on a goroutine of its own, when the listener
-// starts. It begins nothing new after stop has ended, finishes what it has begun, and returns soon after quit has ended, come
-// what may.
+// starts. It begins nothing new after stop has ended, finishes what it has begun, and returns soon after quit has ended, come what may.
 type Runner interface {
 	Run(stop, quit context.Context)
 }

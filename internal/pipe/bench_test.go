@@ -20,7 +20,7 @@ const benchPayload = `{"op":"update","table":"public.orders","key":{"id":4711},"
 // BenchmarkPython is the Python program of docs/handlers.md, with 100 in flight. make bench measures it behind the outbox.
 func BenchmarkPython(b *testing.B) {
 	program := testkit.Program(b, "../../docs/handlers.md", "python")
-	h, err := New([]string{testkit.Python(b), program, filepath.Join(b.TempDir(), "journal")}, proc.Settings{}, 100, notify.Setup{Log: slog.New(slog.DiscardHandler), Grace: time.Second})
+	h, err := New(testkit.Python(b)+" "+program+" "+filepath.Join(b.TempDir(), "journal"), proc.Settings{}, 100, notify.Setup{Log: slog.New(slog.DiscardHandler), Grace: time.Second})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -560,7 +560,7 @@ func TestNoAnswers(t *testing.T) {
 func TestCat(t *testing.T) {
 	t.Parallel()
 	lg := testkit.NewLogs(t)
-	h, err := New([]string{"cat"}, proc.Settings{}, 1, notify.Setup{Log: lg.Logger(), Grace: grace})
+	h, err := New("cat", proc.Settings{}, 1, notify.Setup{Log: lg.Logger(), Grace: grace})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -56,10 +56,10 @@ type item struct {
 	late    error      // what Handle returns, unless it was to blame, when its context has ended while it was in flight
 }
 
-// New makes the handler of a program and its arguments, of which at most concurrency notifications are in flight. Run starts the
+// New makes the handler of a command, a program and its arguments, of which at most concurrency notifications are in flight. Run starts the
 // program, or the first call of Handle. It has Setup.Grace to end once its stdin is closed, and as long after SIGTERM.
-func New(words []string, programs proc.Settings, concurrency int, s notify.Setup) (notify.Handler, error) {
-	path, args, err := proc.Program("pipe", words)
+func New(command string, programs proc.Settings, concurrency int, s notify.Setup) (notify.Handler, error) {
+	path, args, err := proc.Program("pipe", command)
 	if err != nil {
 		return nil, err
 	}

@@ -64,7 +64,7 @@ func newPipe(t *testing.T, concurrency int, program string) *pipe {
 		t.Fatal(err)
 	}
 	p := &pipe{t: t, lg: testkit.NewLogs(t), dir: dir}
-	h, err := New([]string{testkit.Python(t), path, dir}, proc.Settings{}, concurrency, notify.Setup{
+	h, err := New(testkit.Python(t)+" "+path+" "+dir, proc.Settings{}, concurrency, notify.Setup{
 		Channel: "orders", Log: p.lg.Logger(), LogPayloads: true, Grace: grace,
 	})
 	if err != nil {
@@ -440,7 +440,7 @@ func TestExamplePrograms(t *testing.T) {
 			}
 			journal := filepath.Join(t.TempDir(), "journal")
 			lg := testkit.NewLogs(t)
-			made, err := New([]string{path, journal}, proc.Settings{}, 10, notify.Setup{Log: lg.Logger(), LogPayloads: true, Grace: grace})
+			made, err := New(path+" "+journal, proc.Settings{}, 10, notify.Setup{Log: lg.Logger(), LogPayloads: true, Grace: grace})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -492,7 +492,7 @@ func TestInheritsNoSecrets(t *testing.T) {
 			t.Fatal(err)
 		}
 		lg := testkit.NewLogs(t)
-		h, err := New([]string{"sh", "-c", env + " >&2; cat >/dev/null"}, proc.Settings{Pass: pass}, 1, notify.Setup{Channel: "orders", Log: lg.Logger(), Grace: grace})
+		h, err := New("sh -c '"+env+" >&2; cat >/dev/null'", proc.Settings{Pass: pass}, 1, notify.Setup{Channel: "orders", Log: lg.Logger(), Grace: grace})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -520,11 +520,11 @@ func TestNewRefuses(t *testing.T) {
 	for command, want := range map[string]string{
 		"": "needs a program", "cat | wc": "no shell", "cat 2>/dev/null": "no shell", "no-such-program": "not in PATH", "/no/such": "does not exist",
 	} {
-		if _, err := New(strings.Fields(command), proc.Settings{}, 1, notify.Setup{}); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := New(command, proc.Settings{}, 1, notify.Setup{}); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v", command, err)
 		}
 	}
-	if _, err := New([]string{"cat", ""}, proc.Settings{}, 1, notify.Setup{}); err != nil {
+	if _, err := New(`cat ""`, proc.Settings{}, 1, notify.Setup{}); err != nil {
 		t.Errorf("an empty argument: %v", err)
 	}
 }

@@ -116,8 +116,7 @@ func (p *Probe) Unsubscribed() {
 	p.state = off
 }
 
-// Other counts a notification on another channel: what was sent earlier is still coming in, so a probe behind it is late and not
-// lost.
+// Other counts a notification on another channel: what was sent earlier is still coming in, so a probe behind it is late and not lost.
 func (p *Probe) Other() { p.others++ }
 
 // Due is to be called when C has fired. reading says whether notifications are being read: while they are not, nothing can be
@@ -227,8 +226,7 @@ func (p *Probe) Heard(payload string) (proof Proof, ok bool) {
 // Deaf says for how many probes in a row nothing has come back, and until when delivery was sure.
 func (p *Probe) Deaf() (inARow int, from time.Time) { return p.inARow, p.deafFrom }
 
-// lose reconnects once; if that does not help, the connection stays, and those handlers that can look for work do so at every
-// probe.
+// lose reconnects once; if that does not help, the connection stays, and those handlers that can look for work do so at every probe.
 func (p *Probe) lose() Step {
 	p.state, p.nonce = lost, ""
 	if p.inARow == 0 {

@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/pglistener/pglistener/internal/env"
 )
 
 // Settings are the variables of programs.
@@ -34,11 +36,15 @@ func (s Settings) Environ() (all []string) {
 	return all
 }
 
-// Program takes apart the words of a handler, and finds the program. What only a shell would understand is an error and not an odd
-// argument.
-func Program(handler string, words []string) (path string, args []string, err error) {
-	if len(words) == 0 {
-		return "", nil, fmt.Errorf("%s needs a program: %[1]s:PROGRAM [ARG...]", handler)
+// Program takes apart what follows the name of a handler, and finds the program. What only a shell would understand is an error and not
+// an odd argument.
+func Program(handler, command string) (path string, args []string, err error) {
+	words, err := env.Words(command)
+	if err == nil && len(words) == 0 {
+		err = fmt.Errorf("%s needs a program: %[1]s:PROGRAM [ARG...]", handler)
+	}
+	if err != nil {
+		return "", nil, err
 	}
 	for _, w := range words {
 		if w != "" && strings.ContainsRune("|<>&;", rune(w[0])) || strings.HasPrefix(w, "2>") {
