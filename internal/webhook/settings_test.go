@@ -96,7 +96,7 @@ func TestSettingsAreChecked(t *testing.T) {
 		"authorization":     {Settings{Headers: "authorization:hunter2"}, []string{"WEBHOOK_HEADERS: Authorization cannot be set here: it comes from the payload, the URL, the connection or WEBHOOK_AUTHORIZATION"}},
 		"missing":           {Settings{CAFile: "/nowhere/ca.pem"}, []string{"WEBHOOK_CA_FILE: open /nowhere/ca.pem: "}},
 		"a directory":       {Settings{CAFile: t.TempDir()}, []string{"WEBHOOK_CA_FILE: "}},
-		"endless":           {Settings{CAFile: "/dev/zero"}, []string{"WEBHOOK_CA_FILE: of the 0 certificates"}},
+		"endless":           {Settings{CAFile: "/dev/zero"}, []string{"WEBHOOK_CA_FILE: \"/dev/zero\" is larger than 4194304 bytes"}},
 		"not PEM":           {Settings{CAFile: file([]byte("hunter2")...)}, []string{"WEBHOOK_CA_FILE: of the 0 certificates in PEM in "}},
 		"only a key":        {Settings{CAFile: keyFile}, []string{"WEBHOOK_CA_FILE: of the 0 certificates in PEM in "}},
 		"cut":               {Settings{CAFile: cut}, []string{"WEBHOOK_CA_FILE: of the 2 certificates in PEM in "}},
