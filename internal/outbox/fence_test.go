@@ -141,8 +141,8 @@ func TestTableOfSeveral(t *testing.T) {
 	db := testkit.DB(t)
 	for name, divide := range map[string]string{
 		"children": `create table "%s_mail" () inherits ("%[1]s")`,
-		"partitions": `alter table "%[1]s" rename to "%[1]s_orders"; create table "%[1]s" (like "%[1]s_orders" including defaults including identity) partition by list (channel);
-			alter table "%[1]s" attach partition "%[1]s_orders" for values in ('orders'); create table "%[1]s_mail" partition of "%[1]s" for values in ('mail')`,
+		"partitions": `alter table "%s" rename to "%[1]s_whole"; create table "%[1]s" (like "%[1]s_whole" including defaults including identity) partition by list (channel);
+			drop table "%[1]s_whole"; create table "%[1]s_orders" partition of "%[1]s" for values in ('orders'); create table "%[1]s_mail" partition of "%[1]s" for values in ('mail')`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, tab := storeOf(t)
