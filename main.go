@@ -26,7 +26,7 @@ func main() {
 	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
 		signals = append(signals, syscall.SIGHUP)
 	}
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // whoever reads the log may end before us; what is ignored programs inherit
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // whoever reads the log may end before us; to ignore it would have programs ignore it too
 	ctx, stop := signal.NotifyContext(context.Background(), signals...)
 	// The first signal stops in order; from then on a second one ends the process at once.
 	context.AfterFunc(ctx, stop)

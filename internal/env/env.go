@@ -194,7 +194,7 @@ func (v Variable) find(lookup Lookuper, name string) (string, error) {
 		err = fmt.Errorf("%q is empty", path)
 	}
 	if unread := new(fs.PathError); errors.As(err, &unread) && !filepath.IsAbs(path) {
-		err = fmt.Errorf("%w (not shown: it may be the secret itself; write the path from / on)", unread.Err)
+		err = fmt.Errorf("%w; the path is not shown because it may be the secret itself; write an absolute path", unread.Err)
 	}
 	if err != nil {
 		return "", fmt.Errorf("%s_FILE: %w", name, err)
@@ -218,7 +218,7 @@ func Unquote(value string) string {
 	return value
 }
 
-// ReadFile reads a file of at most so many bytes, so that a wrong path cannot fill the memory.
+// ReadFile reads a file of at most limit bytes, so that a wrong path cannot fill the memory.
 func ReadFile(path string, limit int64) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {

@@ -1,6 +1,6 @@
 -- Takes up to $2 due rows of channel $1 after the place ($5, $6), but no more once their payloads have $7 bytes: it adds one to
 -- attempts, and leases them to $4 for $3 seconds. No transaction stays open. What has become due just now is always read, because
--- transactions that are short commit out of order. A ctid is a place in one table: of several that are one, each has the same ones.
+-- transactions that are short commit out of order. A ctid is unique within one physical table: partitions and children repeat it.
 with due as materialized (
 	select ctid as place, tableoid as part, octet_length(payload) as size from {table}
 	where channel = $1 and failed_at is null and run_at <= now() and (leased_until is null or leased_until <= now())

@@ -69,8 +69,8 @@ func (s *seen) wait(t *testing.T, payload string) (took time.Duration) {
 	return time.Since(began)
 }
 
-// TestWhoKeepsDeadRows: whoever is named may be ended for it by a person, so it must be one who keeps them, and not the vacuum that
-// removes them, nor a report in another database.
+// TestWhoKeepsDeadRows: a person may end the session that is named, so it must be one that keeps dead rows, and neither the vacuum that
+// removes them nor a report in another database.
 func TestWhoKeepsDeadRows(t *testing.T) {
 	t.Parallel()
 	server := testkit.OwnServer(t, "autovacuum = off")
