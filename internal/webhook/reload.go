@@ -2,15 +2,15 @@ package webhook
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/pglistener/pglistener/internal/env"
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/retry"
 )
@@ -26,8 +26,8 @@ const (
 // view is what one look at the settings and their files saw.
 type view struct {
 	settings Settings
-	problem  error          // why the settings could not be read again
-	files    [3]os.FileInfo // of settings.files; nil where there is none
+	problem  string               // why the settings could not be read again
+	files    [3][sha256.Size]byte // what settings.files hold
 }
 
 // show returns what may be shown of an answer: its beginning, without the secrets.
@@ -38,8 +38,8 @@ func (p *prepared) show(answer string) string {
 // prepare makes v's settings ready for use. old, which may be nil, is what is in use: its connections are kept if the
 // certificates are the same. The error is the first problem.
 func (h *handler) prepare(v view, old *prepared) (*prepared, error) {
-	if v.problem != nil {
-		return nil, v.problem
+	if v.problem != "" {
+		return nil, errors.New(v.problem)
 	}
 	p, problems := v.settings.parse()
 	if len(problems) > 0 {
@@ -51,7 +51,8 @@ func (h *handler) prepare(v view, old *prepared) (*prepared, error) {
 		}
 		p.header["Authorization"] = []string{h.basic}
 	}
-	p.hide(h.hidden...)
+	// A shorter one would blank ordinary words.
+	p.hidden = slices.DeleteFunc(append(p.hidden, h.hidden...), func(s string) bool { return len(s) < 4 })
 	// Where one begins with another, the longer one comes first.
 	slices.SortFunc(p.hidden, func(a, b string) int { return len(b) - len(a) })
 	var pairs []string
@@ -104,7 +105,7 @@ func (h *handler) current(ctx context.Context) *prepared {
 // of looking.
 func (h *handler) look(ctx context.Context) {
 	v := h.see()
-	if v.same(h.seen) {
+	if v == h.seen {
 		return
 	}
 	// Whoever writes a file, or a certificate and its key, may be in the middle of it.
@@ -112,7 +113,7 @@ func (h *handler) look(ctx context.Context) {
 		if tries++; tries > settleTries || !retry.Sleep(ctx, settled) {
 			return
 		}
-		if v = h.see(); v.same(before) {
+		if v = h.see(); v == before {
 			break
 		}
 	}
@@ -135,35 +136,25 @@ func (h *handler) see() (v view) {
 	v.settings = h.inUse.Load().from.settings
 	if h.reread != nil {
 		s, err := h.reread()
-		if v.problem = err; err == nil {
+		if err == nil {
 			v.settings = s
+		} else {
+			v.problem = err.Error()
 		}
 	}
-	v.files = stat(v.settings)
+	v.files = contents(v.settings)
 	return v
 }
 
-func stat(s Settings) (files [3]os.FileInfo) {
+func contents(s Settings) (all [3][sha256.Size]byte) {
 	for i, path := range s.files() {
-		if path != "" {
-			files[i], _ = os.Stat(path) // a missing one is found when it is read
-		}
+		data, _ := env.ReadFile(path, largestFile) // a missing one is found when it is used
+		all[i] = sha256.Sum256(data)
 	}
-	return files
-}
-
-// same says whether nothing has changed from w to v.
-func (v view) same(w view) bool {
-	return v.settings == w.settings && fmt.Sprint(v.problem) == fmt.Sprint(w.problem) && v.sameFiles(w)
+	return all
 }
 
 // sameFiles says whether the files are the same, under the same names.
 func (v view) sameFiles(w view) bool {
-	for i, a := range v.files {
-		b := w.files[i]
-		if (a == nil) != (b == nil) || a != nil && (!os.SameFile(a, b) || a.Size() != b.Size() || a.Mode() != b.Mode() || !a.ModTime().Equal(b.ModTime())) {
-			return false
-		}
-	}
-	return v.settings.files() == w.settings.files()
+	return v.files == w.files && v.settings.files() == w.settings.files()
 }

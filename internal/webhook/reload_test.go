@@ -413,37 +413,36 @@ func TestConnectionsOutliveANewSecretOnly(t *testing.T) {
 	testkit.Eventually(t, "the old connection is left open", func() bool { return closed.Load() == 1 })
 }
 
-// TestEachKindOfChangeIsSeen: a file that is replaced, shortened or touched has changed, whatever else is the same.
+// TestEachKindOfChangeIsSeen: what a file holds is what counts, however it was written and whatever it says of its age.
 func TestEachKindOfChangeIsSeen(t *testing.T) {
 	t.Parallel()
 	path := write(t, "file", []byte("1234"))
-	before, at := stat(Settings{CAFile: path}), time.Now().Add(-time.Hour)
+	at := time.Now().Add(-time.Hour)
+	before := contents(Settings{CAFile: path})
 	for _, c := range []struct {
 		name    string
 		change  func()
 		changes bool
 	}{
-		{"touched", func() {}, true}, // by Chtimes below
-		{"nothing", func() {}, false},
-		{"written anew, as long as before", func() { rewrite(t, path, []byte("abcd")) }, false}, // by whom it hides its time
-		{"replaced", func() { write(t, path, []byte("abcd")) }, true},
-		{"made readable, after it was found not to be", func() {
-			if err := os.Chmod(path, 0o640); err != nil {
-				t.Fatal(err)
-			}
-		}, true},
-		{"shortened", func() { rewrite(t, path, []byte("abc")) }, true},
+		{"touched", func() {}, false}, // by Chtimes below
+		{"written anew, as long as before", func() { rewrite(t, path, []byte("abcd")) }, true}, // by whom it hides its time
+		{"replaced by the same", func() { write(t, path, []byte("abcd")) }, false},
+		{"replaced", func() { write(t, path, []byte("efgh")) }, true},
+		{"shortened", func() { rewrite(t, path, []byte("efg")) }, true},
 		{"gone", func() { os.Remove(path) }, true},
 	} {
 		c.change()
 		if err := os.Chtimes(path, at, at); err != nil && c.name != "gone" {
 			t.Fatal(err)
 		}
-		after := stat(Settings{CAFile: path})
+		after := contents(Settings{CAFile: path})
 		if same := (view{files: after}).sameFiles(view{files: before}); same == c.changes {
 			t.Errorf("%s: the same: %v", c.name, same)
 		}
 		before = after
+	}
+	if files := contents(Settings{CAFile: path, KeyFile: path}); (view{files: files, settings: Settings{CAFile: path}}).sameFiles(view{files: files}) {
+		t.Error("another path with the same in it is the same file")
 	}
 }
 

@@ -56,23 +56,18 @@ type prepared struct {
 // parse reads s, and the files that it names.
 func (s Settings) parse() (p *prepared, problems []error) {
 	p = &prepared{header: http.Header{"User-Agent": {"pglistener"}}, tls: &tls.Config{}}
-	for _, v := range []struct {
-		name, value string
-		read        func(string) error
-	}{
-		{"WEBHOOK_SECRET", s.Secret, p.readSecrets},
-		{"WEBHOOK_AUTHORIZATION", s.Authorization, p.readAuthorization},
-		{"WEBHOOK_HEADERS", s.Headers, p.readHeaders},
-		{"WEBHOOK_CA_FILE", s.CAFile, p.readAuthorities},
-		{"WEBHOOK_CERT_FILE, WEBHOOK_KEY_FILE", s.CertFile + s.KeyFile, func(string) error { return p.readCertificate(s.CertFile, s.KeyFile) }},
-	} {
-		if v.value == "" {
-			continue
-		}
-		if err := v.read(v.value); err != nil {
-			problems = append(problems, fmt.Errorf("%s: %w", v.name, err))
+	check := func(name, value string, read func(string) error) {
+		if value != "" {
+			if err := read(value); err != nil {
+				problems = append(problems, fmt.Errorf("%s: %w", name, err))
+			}
 		}
 	}
+	check("WEBHOOK_SECRET", s.Secret, p.readSecrets)
+	check("WEBHOOK_AUTHORIZATION", s.Authorization, p.readAuthorization)
+	check("WEBHOOK_HEADERS", s.Headers, p.readHeaders)
+	check("WEBHOOK_CA_FILE", s.CAFile, p.readAuthorities)
+	check("WEBHOOK_CERT_FILE, WEBHOOK_KEY_FILE", s.CertFile+s.KeyFile, func(string) error { return p.readCertificate(s.CertFile, s.KeyFile) })
 	return p, problems
 }
 
@@ -94,7 +89,7 @@ func (p *prepared) readSecrets(list string) error {
 			return errors.New(which + "must be whsec_ and 24 to 64 bytes in base64; make one: echo whsec_$(head -c 32 /dev/urandom | base64)")
 		}
 		p.macs = append(p.macs, &sync.Pool{New: func() any { return hmac.New(sha256.New, key) }})
-		p.hide(encoded)
+		p.hidden = append(p.hidden, encoded)
 	}
 	return nil
 }
@@ -105,7 +100,7 @@ func (p *prepared) readAuthorization(value string) error {
 		return err
 	}
 	p.header["Authorization"] = []string{value}
-	p.hide(value, value[strings.LastIndexByte(value, ' ')+1:])
+	p.hidden = append(p.hidden, value, value[strings.LastIndexByte(value, ' ')+1:])
 	return nil
 }
 
@@ -136,7 +131,7 @@ func (p *prepared) readHeaders(list string) error {
 			return fmt.Errorf("number %d has the name of one before it", i+1)
 		}
 		p.header[name] = []string{value}
-		p.hide(value)
+		p.hidden = append(p.hidden, value)
 	}
 	return nil
 }
@@ -191,12 +186,3 @@ func (p *prepared) readCertificate(certPath, keyPath string) error {
 }
 
 const largestFile = 4 << 20 // of certificates or keys
-
-// hide adds secrets that no error may show. A shorter one would blank ordinary words.
-func (p *prepared) hide(secrets ...string) {
-	for _, s := range secrets {
-		if len(s) >= 4 {
-			p.hidden = append(p.hidden, s)
-		}
-	}
-}

@@ -256,6 +256,22 @@ func TestNoSecretIsShown(t *testing.T) {
 	}
 }
 
+// TestShortWordsAreNotHidden: the words of a URL are taken for secrets, but a short one would blank what the receiver says.
+func TestShortWordsAreNotHidden(t *testing.T) {
+	t.Parallel()
+	r := testkit.NewReceiver(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusBadRequest)
+		_, _ = io.WriteString(w, "no such id: hook")
+	})
+	h, err := New(r.URL+"/id/no/hook", Settings{}, nil, 1, notify.Setup{Log: testkit.NewLogs(t).Logger(), LogPayloads: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err = h.Handle(t.Context(), notify.Notification{}); err == nil || !strings.Contains(err.Error(), "no such id: [hidden]") {
+		t.Error(err)
+	}
+}
+
 const innerEnv = "WEBHOOK_TEST_INNER"
 
 // TestProxy runs itself again, for net/http reads the variables of a proxy once.

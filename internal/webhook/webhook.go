@@ -72,7 +72,7 @@ func New(address string, s Settings, reread func() (Settings, error), concurrenc
 		encoded := base64.StdEncoding.EncodeToString([]byte(user.Username() + ":" + password))
 		h.basic, h.hidden, request.URL.User = "Basic "+encoded, append(h.hidden, encoded), nil
 	}
-	h.seen = view{settings: s, files: stat(s)}
+	h.seen = view{settings: s, files: contents(s)}
 	p, err := h.prepare(h.seen, nil)
 	if err != nil {
 		return nil, err
