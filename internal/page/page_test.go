@@ -22,6 +22,7 @@ import (
 	"github.com/pglistener/pglistener/internal/call"
 	"github.com/pglistener/pglistener/internal/health"
 	"github.com/pglistener/pglistener/internal/notify"
+	"github.com/pglistener/pglistener/internal/pgconn"
 )
 
 // world is a listener as the page sees it, and a test makes it.
@@ -328,17 +329,25 @@ func TestGapsAndTheirCauses(t *testing.T) {
 		lines func(log *slog.Logger)
 		want  string
 	}{
-		"killed":   {func(l *slog.Logger) { l.Warn("disconnected", "error", errors.New("57P01")) }, "250 ms 57P01"},
-		"silent":   {func(l *slog.Logger) { l.Warn("disconnected", "error", timeout) }, "the connection fell silent: read tcp: i/o timeout"},
+		"killed":   {func(l *slog.Logger) { l.Warn("disconnected", "error", errors.New("57P01"), "uptime", time.Hour) }, "250 ms 57P01"},
+		"silent":   {func(l *slog.Logger) { l.Warn("disconnected", "error", timeout, "uptime", time.Hour) }, "the connection fell silent: read tcp: i/o timeout"},
 		"ping":     {func(l *slog.Logger) { l.Warn("ping failed", "error", errors.New("no such command")) }, "no such command"},
 		"deaf":     {func(l *slog.Logger) { l.Error("notifications no longer arrive", "probes_lost", 1) }, "notifications no longer arrive"},
 		"nothing":  {func(*slog.Logger) {}, "not known"},
 		"another":  {func(l *slog.Logger) { l.With("channel", "a").Warn("disconnected", "error", timeout) }, "not known"},
 		"no cause": {func(l *slog.Logger) { l.Warn("probe could not be sent", "error", timeout) }, "not known"},
 		"the first of several": {func(l *slog.Logger) {
-			l.Warn("disconnected", "error", errors.New("EOF"))
+			l.Warn("disconnected", "error", errors.New("EOF"), "uptime", time.Hour)
 			l.Warn("connection attempt failed", "error", errors.New("refused"))
 			l.Warn("disconnected", "error", errors.New("second"))
+		}, "EOF"},
+		"one that began no gap before it": {func(l *slog.Logger) {
+			a := pgconn.NewAccount(l)
+			a.Opened() // and it breaks before all channels are LISTENed
+			a.Lost(time.Now(), time.Now(), time.Time{}, errors.New("too early"))
+			a.Opened()
+			a.Listening = true
+			a.Lost(time.Now(), time.Now(), time.Time{}, errors.New("EOF"))
 		}, "EOF"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -360,7 +369,7 @@ func TestGapsAndTheirCauses(t *testing.T) {
 		})
 	}
 	r, log := recorded(t, newWorld("a"))
-	log.Warn("disconnected", "error", errors.New("long ago"))
+	log.Warn("disconnected", "error", errors.New("long ago"), "uptime", time.Hour)
 	log.Warn("reconnected", "gap_from", time.Now().Add(time.Minute), "gap_to", time.Now().Add(time.Minute))
 	expect(t, words(page(t, r)), "not known", "not: long ago")
 }

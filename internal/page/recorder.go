@@ -241,7 +241,7 @@ func (r *Recorder) heed(line slog.Record, with []slog.Attr) {
 		told.Text = "the connection fell silent: " + told.Text
 	}
 	told.Text = cut(told.Text)
-	lost := line.Message == "disconnected" || line.Message == "ping failed" || a["probes_lost"] != nil
+	lost := a["uptime"] != nil || line.Message == "ping failed" || a["probes_lost"] != nil // a connection that never listened begins no gap
 	from, ended := a["gap_from"].(time.Time)
 	to, _ := a["gap_to"].(time.Time)
 	r.mu.Lock()
