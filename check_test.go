@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv" // feature: outbox
 	"strings"
 	"testing"
 	"time"
@@ -78,3 +79,32 @@ func TestCheckFails(t *testing.T) {
 		})
 	}
 }
+
+// begin: outbox
+
+// TestCheckOfALockedTable: however many channels wait for it, what is wrong is what is said, and in time. LISTEN is not to blame.
+func TestCheckOfALockedTable(t *testing.T) {
+	t.Parallel()
+	db, tab, name := testkit.DB(t), outboxTable(t, testkit.DB(t)), testkit.ChannelName(t)
+	tx, err := db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback() }()
+	if _, err := tx.Exec(`lock table "` + tab + `"`); err != nil {
+		t.Fatal(err)
+	}
+	var channels []string
+	for i := range 8 {
+		channels = append(channels, name+strconv.Itoa(i)+"=outbox:log")
+	}
+	out := runCheck(t, fast(testkit.DSN(t), strings.Join(channels, ","), sending(tab)), cli.Failed)
+	if n := strings.Count(out, ": no answer in time, as when somebody has locked the table "+tab); n != len(channels) {
+		t.Errorf("%d of %d channels say that the table is locked:\n%s", n, len(channels), out)
+	}
+	if strings.Count(out, "FAIL") != len(channels) || !strings.Contains(out, "ok    listen ") {
+		t.Errorf("more than that has failed:\n%s", out)
+	}
+}
+
+// end: outbox

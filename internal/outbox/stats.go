@@ -2,6 +2,7 @@ package outbox
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -121,7 +122,10 @@ func (o *Outbox) oldest() time.Time {
 
 // Check implements notify.Checker: it says whether the table fits, and asks the handler too.
 func (o *Outbox) Check(ctx context.Context) (string, error) {
-	if err := o.store.exec(verifySQL); err != nil {
+	_, err := o.store.db.ExecContext(ctx, o.Verify()) // the channels share two connections, and each may have to wait for the table
+	if ctx.Err() != nil {
+		return "", errors.New("no answer in time, as when somebody has locked the table " + o.store.table.name)
+	} else if err != nil {
 		return "", o.store.explain(err)
 	}
 	text := "table " + o.store.table.name + " fits"
@@ -161,7 +165,7 @@ func (o *Outbox) begins() {
 }
 
 // Verify implements notify.Verifier.
-func (o *Outbox) Verify() string { return o.store.table.sql(verifySQL) }
+func (o *Outbox) Verify() string { return o.store.table.sql(statement("verify")) }
 
 // Verified implements notify.Verifier.
 func (o *Outbox) Verified(err error) {
