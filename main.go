@@ -71,6 +71,9 @@ func listen(ctx context.Context, e cli.Env) int {
 	if os.Getenv("GOMEMLIMIT") == "" { // the garbage collector works harder from here on
 		debug.SetMemoryLimit(int64(p.cfg.QueueMemory) + 48<<20)
 	}
+	if os.Getenv("GOGC") == "" { // the heap is small, and would be collected a hundred times a second under load
+		debug.SetGCPercent(400)
+	}
 	p.log.Info("starting", "version", cli.Version(), "pid", os.Getpid())
 	listener := NewListener(p.cfg.dsn(), p.cfg.Listener, p.channels, p.log)
 	ends, err := watch(listener, p, e.Lookup)
