@@ -99,12 +99,7 @@ func (b *bench) awaitDrained(r *receiver) error {
 	case <-time.After(2 * time.Minute):
 		return fmt.Errorf("%d rows were never posted", r.left.Load())
 	}
-	for left := 1; left > 0; time.Sleep(2 * time.Millisecond) {
-		if err := b.db.QueryRow("select count(*) from outbox").Scan(&left); err != nil {
-			return err
-		}
-	}
-	return nil
+	return b.awaitEmpty()
 }
 
 // bareHTTP posts with net/http alone, from so many goroutines, over connections that are kept.
