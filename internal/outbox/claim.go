@@ -51,7 +51,7 @@ func (o *Outbox) fetch(room int) (claimed int, next time.Duration, err error) {
 	unfit := o.health.read != nil || o.health.write != nil
 	o.mu.Unlock()
 	if err = o.keepSchedule(); err == nil && unfit { // what cannot be ended must not be claimed, or it would be handled again and again
-		err = o.store.exec(verifySQL)
+		err = o.store.exec(statement("verify"))
 	}
 	if err != nil {
 		return 0, 0, err

@@ -12,5 +12,5 @@ update {table} o set lease = $4, leased_until = now() + $3 * interval '1 second'
 	attempts = attempts + case when schedule is not null and attempts = 0 and lease is not null then 0 else 1 end -- its first time is yet to be found
 from summed where o.ctid = summed.place and o.tableoid = summed.part and summed.before < $7
 returning o.id, coalesce(o.event_id::text, o.id::text), o.payload, o.attempts, coalesce(o.schedule, ''), o.key is not null,
-	o.xmin::text, o.leased_until::text, extract(epoch from o.run_at)::float8, extract(epoch from coalesce(o.due_at, o.run_at))::float8,
-	extract(epoch from o.created_at)::float8
+	o.xmin::text, (select (now() + $3 * interval '1 second')::text), -- leased_until, which is dear to write, once for all rows
+	date_part('epoch', o.run_at), date_part('epoch', coalesce(o.due_at, o.run_at)), date_part('epoch', o.created_at) -- extract is a numeric

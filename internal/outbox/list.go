@@ -27,7 +27,7 @@ func (p Operator) list(s store, what selection) error {
 		}
 	}
 	shown, total, missing := 0, 0, slices.Clone(what.ids)
-	err := p.query(s, selectSQL+listSQL, true, append(what.args(limit+moreRows), limit, out == columns), func(r *sql.Rows) error {
+	err := p.query(s, statement("select")+statement("list"), true, append(what.args(limit+moreRows), limit, out == columns), func(r *sql.Rows) error {
 		var id int64
 		var cells pq.StringArray
 		if err := r.Scan(&id, &cells, &total); err != nil {

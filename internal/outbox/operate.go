@@ -153,7 +153,7 @@ func (p Operator) change(ctx context.Context, s store, what selection, c Command
 	ids := what.ids
 	now, err := s.now()
 	if err == nil && ids == nil {
-		err = p.query(s, selectSQL+"select id from found order by id desc", true, what.args(nil), func(r *sql.Rows) error {
+		err = p.query(s, statement("select")+"select id from found order by id desc", true, what.args(nil), func(r *sql.Rows) error {
 			ids = append(ids, 0)
 			return r.Scan(&ids[len(ids)-1])
 		})

@@ -7,6 +7,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -295,6 +296,65 @@ func TestErrorThatTheDatabaseCannotHold(t *testing.T) {
 	}
 	insert(t, latin, "outbox", "orders", "good")
 	testkit.Eventually(t, "the next one is not done", func() bool { return rowCount(t, latin, "outbox") == 1 })
+}
+
+// TestRowThatIsNoText: what the server cannot hand out is given up, and holds up nothing else. A database of no encoding takes any bytes.
+func TestRowThatIsNoText(t *testing.T) {
+	t.Parallel()
+	db, name := testkit.DB(t), outboxTable(t, testkit.DB(t))
+	testkit.Exec(t, db, `create database "`+name+`" encoding 'SQL_ASCII' lc_collate 'C' lc_ctype 'C' template template0`)
+	t.Cleanup(func() { _, _ = db.Exec(`drop database "` + name + `" with (force)`) })
+	dsn := testkit.WithParams(testkit.DSN(t), "dbname", name)
+	ascii := testkit.Open(t, dsn)
+	makeOutbox(t, ascii, "outbox")
+	const channel = "it's {table}"
+	for _, payload := range []string{"'good 1'", `E'caf\xe9'`, "'good 2'", `E'\xff'`, "'good 3'"} {
+		testkit.Exec(t, ascii, `insert into outbox (channel, payload) values ($1, `+payload+`), ('other', `+payload+`)`, channel)
+	}
+	s := &seen{}
+	r := run(t, config{dsn: dsn, table: "outbox", channel: channel, concurrency: 3}, s)
+	testkit.Eventually(t, "the others are not handled", func() bool {
+		return slices.Equal(slices.Sorted(slices.Values(s.payloads())), []string{"good 1", "good 2", "good 3"})
+	})
+	testkit.Eventually(t, "it does not go on", func() bool { return r.Ready() == nil })
+	var ids []int64
+	var text string
+	if err := ascii.QueryRow("select array_agg(id order by id), min(last_error) from outbox where failed_at is not null").Scan((*pq.Int64Array)(&ids), &text); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(ids, []int64{3, 7}) || !strings.Contains(text, "cannot be converted to UTF-8: invalid byte sequence") {
+		t.Errorf("%v are given up: %s", ids, text)
+	}
+	if line := r.Wait(t, "outbox cannot be read", 1); !strings.Contains(fmt.Sprint(line["hint"]), "-outbox-list failed") {
+		t.Errorf("%v", line)
+	}
+}
+
+// TestRowThatIsNeverFinished: a row that was begun too often, with no word of what became of it, is given up and not begun again, for
+// the listener may die of it; but never a row that may have been claimed and not begun as often as listeners are stopped.
+func TestRowThatIsNeverFinished(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		attempts, begun int
+		begin           bool
+	}{{1, leastLost - 1, true}, {1, leastLost, false}, {20, 19, true}, {20, 20, false}} {
+		t.Run(fmt.Sprint(c.begun, " of ", c.attempts), func(t *testing.T) {
+			t.Parallel()
+			channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
+			testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, payload, attempts, lease, leased_until)
+				values ($1, 'x', $2, gen_random_uuid(), now())`, channel, c.begun)
+			r := run(t, config{table: tab, channel: channel, attempts: c.attempts}, s)
+			testkit.Eventually(t, "nothing becomes of it", func() bool {
+				return stat(r, "pglistener_items_total", "failed")+stat(r, "pglistener_items_total", "done") == 1
+			})
+			if got := len(s.payloads()) == 1; got != c.begin {
+				t.Errorf("begun once more: %v", got)
+			}
+			if !c.begin {
+				rowsAre(t, tab, fmt.Sprintf("failed_at is not null and last_error like 'begun %d times, %%'", c.begun), 1)
+			}
+		})
+	}
 }
 
 // TestOnlyATryIsATry: calls that began before the channel was paused say no more of the receiver.

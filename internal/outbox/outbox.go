@@ -5,9 +5,9 @@ package outbox
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
+	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -130,9 +130,7 @@ func New(h notify.Handler, pool *Pool, options Options, setup notify.Setup) (*Ou
 	o.ready, o.health = sync.NewCond(&o.mu), health{progress: time.Now(), retrying: map[int64]time.Time{}}
 	// The lease outlives the wait for a slot, the handler, its end after the time limit, and the writing of the result.
 	lease := o.margin + call.Longest(options.Limits.Timeout) + setup.Grace + o.margin
-	owner := make([]byte, 16)
-	_, _ = rand.Read(owner) // it never fails
-	o.store = store{db: db, table: t, channel: setup.Channel, owner: hex.EncodeToString(owner), lease: lease, timeout: limit(options.Timeout), bytes: cmp.Or(options.Memory, 16<<20)}
+	o.store = store{db: db, table: t, channel: setup.Channel, owner: fmt.Sprintf("%016x%016x", rand.Uint64(), rand.Uint64()), lease: lease, timeout: limit(options.Timeout), bytes: cmp.Or(options.Memory, 16<<20)}
 	return o, nil
 }
 

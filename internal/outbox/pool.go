@@ -68,7 +68,7 @@ func (p *Pool) lookForStrangers(s store, log *slog.Logger) error {
 	if recent {
 		return nil
 	}
-	found, err := byKey[string, int](s, strangersSQL, pq.StringArray(handled))
+	found, err := byKey[string, int](s, statement("strangers"), pq.StringArray(handled))
 	if err != nil {
 		return err
 	}
@@ -95,7 +95,7 @@ func (p *Pool) findHolder(s store, log *slog.Logger) (held bool, err error) {
 		return p.held, nil
 	}
 	var who, snapshot string
-	if err = s.db.QueryRow(holderSQL).Scan(&who, &snapshot); err != nil {
+	if err = s.db.QueryRow(statement("holder")).Scan(&who, &snapshot); err != nil {
 		return false, err
 	}
 	held = who != "" && snapshot == p.snapshot

@@ -14,14 +14,16 @@ type scan struct {
 	cost    time.Duration // of the last look at everything
 	looked  time.Time     // when it began
 	owing   bool          // since then there was a claim that did not read everything
+	asked   time.Time     // when the server was last asked when the next row is due
 }
 
 const (
-	dearLook    = 2 * time.Millisecond  // on the server, when less was due than there was room for
-	dearClaim   = 5 * time.Millisecond  // for us, besides
-	perRow      = 20 * time.Microsecond // for each row claimed
-	scanPause   = 2 * time.Second       // between looks at everything, while they are dear,
-	scanBalance = 10                    // and so many times their own cost
+	dearLook    = 2 * time.Millisecond   // on the server, when less was due than there was room for
+	dearClaim   = 5 * time.Millisecond   // for us, besides
+	perRow      = 20 * time.Microsecond  // for each row claimed
+	askPause    = 100 * time.Millisecond // between questions when the next row is due: under load each claim would ask
+	scanPause   = 2 * time.Second        // between looks at everything, while they are dear,
+	scanBalance = 10                     // and so many times their own cost
 )
 
 func (s *scan) interval() time.Duration { return max(scanPause, scanBalance*s.cost) }
@@ -55,10 +57,14 @@ func (o *Outbox) look(room int, short bool) (claimed int, next time.Duration, er
 		o.slack = min(max(2*took, o.slack/2), 10*time.Minute) // so much later they come due again if the listener is killed
 	}
 	o.push(jobs)
-	if s.drained = len(jobs) < room; s.drained {
+	s.drained = len(jobs) < room
+	if next = time.Until(s.asked.Add(askPause)); s.drained && (short || next <= 0) {
 		var now time.Time
 		if next, now, took, err = o.store.nextDue(from); err != nil {
 			return len(jobs), 0, err
+		}
+		if s.asked = time.Now(); next <= 0 && len(jobs) == 0 {
+			s.asked = time.Time{} // it is locked, and is to be asked for again
 		}
 		dear = took > dearLook
 		s.from = place{runAt: now.Add(-time.Since(began))} // what has become due since the claim began is yet to be seen

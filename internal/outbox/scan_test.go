@@ -16,6 +16,7 @@ import (
 
 	"github.com/lib/pq"
 
+	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgtest"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
 )
@@ -114,7 +115,7 @@ func TestWhoKeepsDeadRows(t *testing.T) {
 			t.Fatal(err)
 		}
 		var who, snapshot string
-		if err := db.QueryRow(holderSQL).Scan(&who, &snapshot); err != nil {
+		if err := db.QueryRow(statement("holder")).Scan(&who, &snapshot); err != nil {
 			t.Fatal(err)
 		}
 		if !c.keeps && who != "" || c.keeps && !strings.HasSuffix(who, ", "+c.who) || (who == "") != (snapshot == "") {
@@ -178,7 +179,7 @@ func TestDeadRowsAreReadOnce(t *testing.T) {
 	}()
 	reads := func(from place) (claim, next int) {
 		runAt, id := from.args()
-		return buffers(t, r.store, claimSQL, r.channel, 1, 60, r.store.owner, runAt, id, 1_000_000), buffers(t, r.store, nextSQL, r.channel, runAt, id)
+		return buffers(t, r.store, statement("claim"), r.channel, 1, 60, r.store.owner, runAt, id, 1_000_000), buffers(t, r.store, statement("next"), r.channel, runAt, id)
 	}
 	all, allNext := reads(place{})
 	if few, fewNext := reads(at); few > 200 || fewNext > 200 || all < 10*few || allNext < 10*fewNext {
@@ -292,4 +293,68 @@ func buffers(t *testing.T, s store, query string, params ...any) (n int) {
 		t.Fatal(err)
 	}
 	return plans[0].Plan.Hit + plans[0].Plan.Read
+}
+
+// TestStatementsUnderLoad: results are gathered, and not every claim is followed by the question when the next row is due.
+func TestStatementsUnderLoad(t *testing.T) {
+	t.Parallel()
+	server := testkit.OwnServer(t, "log_statement = all")
+	db := testkit.Open(t, server.DSN())
+	makeOutbox(t, db, "outbox")
+	r := run(t, config{dsn: server.DSN(), table: "outbox"}, notify.HandlerFunc(func(context.Context, notify.Notification) error { return nil }))
+	insert(t, db, "outbox", r.channel, "first")
+	emptied(t, db, "outbox")
+	statements := func() (writes, questions int) {
+		log := server.Log()
+		return strings.Count(log, "-- Deletes the rows"), strings.Count(log, "-- When the next row")
+	}
+	writes, questions := statements()
+	began := time.Now()
+	for range 500 {
+		insert(t, db, "outbox", r.channel, "x")
+	}
+	emptied(t, db, "outbox")
+	took := time.Since(began)
+	afterWrites, afterQuestions := statements()
+	if n, most := afterWrites-writes, int(took/gather)+2; n > most || n < 1 {
+		t.Errorf("500 results were written by %d statements in %v, want %d at most", n, took, most)
+	}
+	// A row that comes between a claim of nothing and the question has it asked once more.
+	if n, most := afterQuestions-questions, 2*int(took/askPause)+2; n > most || n < 1 {
+		t.Errorf("it was asked %d times in %v when the next row is due, want %d at most", n, took, most)
+	}
+	// What somebody has locked is asked for less and less often.
+	r.stop()
+	insert(t, db, "outbox", r.channel, "locked")
+	tx, err := db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback() }()
+	if _, err := tx.Exec("select from outbox for update"); err != nil {
+		t.Fatal(err)
+	}
+	_, afterQuestions = statements()
+	began = time.Now()
+	run(t, config{dsn: server.DSN(), table: "outbox"}, &seen{})
+	testkit.Eventually(t, "it does not ask", func() bool { _, questions = statements(); return questions-afterQuestions >= 6 })
+	if took := time.Since(began); took < time.Second {
+		t.Errorf("it asked 6 times in %v for a row that is locked", took)
+	}
+}
+
+// TestRowThatIsDueSoonUnderLoad: that the server was asked just now what is due next makes nothing late for long.
+func TestRowThatIsDueSoonUnderLoad(t *testing.T) {
+	t.Parallel()
+	tab, s := outboxTable(t, testkit.DB(t)), &seen{}
+	r := run(t, config{table: tab}, s)
+	for i := range 20 {
+		name := strconv.Itoa(i)
+		insert(t, testkit.DB(t), tab, r.channel, "now "+name)
+		s.wait(t, "now "+name)
+		testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, payload, run_at) values ($1, $2, now() + interval '30 ms')`, r.channel, "soon "+name)
+		if took := s.wait(t, "soon "+name); took > 2*time.Second {
+			t.Errorf("a row that was due in 30 ms was begun after %v", took)
+		}
+	}
 }

@@ -49,14 +49,6 @@ func statement(name string) string {
 	return string(text)
 }
 
-var (
-	claimSQL, nextSQL, giveBackSQL  = statement("claim"), statement("next"), statement("giveback")
-	completeSQL, endSQL, copySQL    = statement("complete"), statement("end"), statement("copy")
-	countSQL, strangersSQL          = statement("count"), statement("strangers")
-	holderSQL, verifySQL, schemaSQL = statement("holder"), statement("verify"), statement("schema")
-	selectSQL, listSQL, hintSQL     = statement("select"), statement("list"), statement("hint")
-)
-
 // place is a place in the order of rows, by the server's clock. The zero place is before all rows.
 type place struct {
 	runAt time.Time
@@ -76,16 +68,24 @@ func (p place) args() (runAt any, id int64) {
 func (s store) claim(n int, from place, slack time.Duration) ([]job, error) {
 	began, jobs := time.Now().Add(slack), make([]job, 0, min(n, 100))
 	runAt, id := from.args()
-	err := s.after(from, claimSQL, []any{s.channel, n, (s.lease + slack).Seconds(), s.owner, runAt, id, s.bytes}, func(rows *sql.Rows) error {
+	err := s.after(from, statement("claim"), []any{s.channel, n, (s.lease + slack).Seconds(), s.owner, runAt, id, s.bytes}, func(rows *sql.Rows) error {
 		j := job{claimed: began}
 		err := rows.Scan(&j.id, &j.event, &j.payload, &j.attempts, &j.schedule, &j.keyed, &j.xmin, &j.until,
 			(*epoch)(&j.runAt), (*epoch)(&j.due), (*epoch)(&j.created))
 		jobs = append(jobs, j)
 		return err
 	})
+	if unreadable(err) { // one row, and with it every claim: it is given up
+		err = cmp.Or(s.exec(strings.Replace(statement("unreadable"), "{channel}", fmt.Sprintf(`convert_from('\x%x', 'UTF8')`, s.channel), 1)), err)
+	}
 	// UPDATE returns rows as it comes upon them.
 	slices.SortFunc(jobs, func(a, b job) int { return cmp.Or(a.runAt.Compare(b.runAt), cmp.Compare(a.id, b.id)) })
 	return jobs, err
+}
+
+// unreadable says whether the server cannot convert what it has to UTF-8: the database is SQL_ASCII, or has characters of its own.
+func unreadable(err error) bool {
+	return pq.As(err, pqerror.UntranslatableCharacter, pqerror.CharacterNotInRepertoire) != nil
 }
 
 // nextDue is how long it is until the next row after a place is due or its lease ends, which may be past; an hour if there is
@@ -93,7 +93,7 @@ func (s store) claim(n int, from place, slack time.Duration) ([]job, error) {
 func (s store) nextDue(from place) (wait time.Duration, now time.Time, took time.Duration, err error) {
 	runAt, id := from.args()
 	var seconds, looked float64
-	err = s.after(from, nextSQL, []any{s.channel, runAt, id}, func(rows *sql.Rows) error { return rows.Scan(&seconds, &now, &looked) })
+	err = s.after(from, statement("next"), []any{s.channel, runAt, id}, func(rows *sql.Rows) error { return rows.Scan(&seconds, &now, &looked) })
 	return time.Duration(seconds * float64(time.Second)), now, time.Duration(looked * float64(time.Second)), err
 }
 
@@ -162,7 +162,7 @@ func forEach(rows *sql.Rows, err error, each func(*sql.Rows) error) error {
 // complete deletes rows that have neither key nor schedule, if they are still ours, and returns how many were. Of these rows attempts
 // never begin again. When one of them is locked it fails with pqerror.LockNotAvailable.
 func (s store) complete(rows []result, attempts int) (n int, err error) {
-	err = s.query(completeSQL, func(r *sql.Rows) error { return r.Scan(&n) }, column(rows, func(r result) int64 { return r.id }), attempts, s.owner)
+	err = s.query(statement("complete"), func(r *sql.Rows) error { return r.Scan(&n) }, column(rows, func(r result) int64 { return r.id }), attempts, s.owner)
 	return n, err
 }
 
@@ -191,9 +191,9 @@ const (
 func (s store) end(rows []ending) (fates map[int64]fate, err error) {
 	copied := "" // only whoever copies needs the right to insert
 	if slices.ContainsFunc(rows, func(r ending) bool { return r.failed && !r.runAt.IsZero() }) {
-		copied = copySQL
+		copied = statement("copy")
 	}
-	return byKey[int64, fate](s, strings.Replace(endSQL, "{copied}", copied, 1),
+	return byKey[int64, fate](s, strings.Replace(statement("end"), "{copied}", copied, 1),
 		column(rows, func(r ending) int64 { return r.id }), column(rows, func(r ending) int { return r.attempts }),
 		column(rows, func(r ending) string { return r.xmin }), column(rows, func(r ending) string { return r.until }), s.owner,
 		column(rows, func(r ending) float64 { return r.wait.Seconds() }),
@@ -222,7 +222,7 @@ func byKey[K comparable, V any](s store, query string, args ...any) (all map[K]V
 // giveBack undoes the claim of rows, and rings for whoever else listens. A row that was a try goes behind all that are due, so
 // that the next try is another.
 func (s store) giveBack(jobs []job) error {
-	return s.exec(giveBackSQL, column(jobs, func(j job) int64 { return j.id }), column(jobs, func(j job) int { return j.attempts }),
+	return s.exec(statement("giveback"), column(jobs, func(j job) int64 { return j.id }), column(jobs, func(j job) int { return j.attempts }),
 		column(jobs, func(j job) bool { return j.try }), column(jobs, func(j job) string { return j.until }), s.owner, s.channel)
 }
 
@@ -251,7 +251,7 @@ type rowCounts struct {
 
 // count also returns which of some rows are still to be handled.
 func (s store) count(retrying []int64) (c rowCounts, alive pq.Int64Array, err error) {
-	err = s.query(countSQL, func(r *sql.Rows) error { return r.Scan(&c.due, &c.delayed, (*epoch)(&c.oldest), &c.failed, &alive) },
+	err = s.query(statement("count"), func(r *sql.Rows) error { return r.Scan(&c.due, &c.delayed, (*epoch)(&c.oldest), &c.failed, &alive) },
 		s.channel, pq.Int64Array(retrying), s.owner)
 	return c, alive, err
 }

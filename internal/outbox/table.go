@@ -77,7 +77,7 @@ func Schema(name string, swept ...string) (string, error) {
 	if names != "" {
 		inserted = "for each row when (new.channel not in (" + names + "))"
 	}
-	return strings.NewReplacer("{swept}", names, "{inserted}", inserted).Replace(t.sql(schemaSQL)), nil
+	return strings.NewReplacer("{swept}", names, "{inserted}", inserted).Replace(t.sql(statement("schema"))), nil
 }
 
 // SQLName returns a table, given as in OUTBOX_TABLE, as SQL writes it.
@@ -99,11 +99,13 @@ func (s store) hint(err error) string {
 	switch {
 	case pq.As(err, pqerror.InsufficientPrivilege) != nil:
 		return s.table.sql("as its owner: grant " + cmp.Or(s.rights, "select, insert, update, delete") + " on {table} to the user in DATABASE_URL{and usage}")
+	case unreadable(err):
+		return "rows that cannot be converted to UTF-8 have been given up: pglistener -outbox-list failed"
 	case pq.As(err, pqerror.UndefinedTable, pqerror.UndefinedColumn, pqerror.InvalidSchemaName, pqerror.WrongObjectType, pqerror.FeatureNotSupported) == nil:
 		return pgconn.Advice(err)
 	}
 	var hint string
-	if s.db.QueryRow(hintSQL, s.table.sql("{table}"), s.table.name, script).Scan(&hint) != nil {
+	if s.db.QueryRow(statement("hint"), s.table.sql("{table}"), s.table.name, script).Scan(&hint) != nil {
 		return "if OUTBOX_TABLE and the database in DATABASE_URL are those you mean, make it: " + script
 	}
 	return hint

@@ -45,6 +45,8 @@ func (o *Outbox) work(quit context.Context) {
 			o.stale = append(o.stale, j)
 		case j.schedule != "" && j.attempts == 0:
 			o.results = append(o.results, result{j, nil}) // only its first time is to be found
+		case j.attempts > max(o.options.Attempts, leastLost):
+			o.results = append(o.results, result{j, fmt.Errorf("begun %d times, and what became of it the last time was never written: does the listener die of it?", j.attempts-1)})
 		default:
 			o.call(quit, &c, j)
 		}
@@ -54,6 +56,10 @@ func (o *Outbox) work(quit context.Context) {
 		}
 	}
 }
+
+// leastLost is how often at least a row is begun that is never finished, as when the listener dies each time. A stop that comes between
+// the claim and the handler takes one of them.
+const leastLost = 10
 
 // call handles a job. o.mu is held, but not during the call.
 func (o *Outbox) call(quit context.Context, c *call.Caller, j job) {
@@ -108,7 +114,10 @@ func (o *Outbox) judge(j job, err error) (blamed bool) {
 // lockedPause is how long results wait whose rows an open transaction holds.
 const lockedPause = 200 * time.Millisecond
 
-// write writes results, as many at once as have gathered while the last ones were written.
+// gather is how long results wait for more that are written with them: a statement costs the server as much as a dozen rows.
+const gather = 5 * time.Millisecond
+
+// write writes results, as many at once as have gathered.
 func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 	var failures retry.Failures
 	pause := retry.Backoff{Min: 100 * time.Millisecond, Max: 5 * time.Second}
@@ -134,6 +143,7 @@ func (o *Outbox) write(quit context.Context, last <-chan struct{}) {
 	for ended := false; !ended; {
 		select {
 		case <-o.written:
+			retry.Sleep(quit, gather)
 		case <-again:
 		case <-last:
 			ended = true
