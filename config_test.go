@@ -57,6 +57,8 @@ func TestAllConfigurationProblemsAtOnce(t *testing.T) {
 		"programs": {vars{"DATABASE_URL": dsn, "CHANNELS": "z=exec:,a=exec:/does/not/exist,b=exec:not-in-path,c=exec:" + notExecutable + ",d=exec:" + dir + ",e=exec:PASSWORD=hunter2 cat"},
 			[]string{`CHANNELS: channel "z": exec needs`, `CHANNELS: channel "a": program "/does/not/exist" does not exist`, `CHANNELS: channel "b": program "not-in-path" is not in PATH`,
 				`CHANNELS: channel "c": program "` + notExecutable + `" may not be executed`, `CHANNELS: channel "d": program "` + dir, `CHANNELS: channel "e": the command begins with a variable`}},
+		"what is never passed": {vars{"DATABASE_URL": dsn, "CHANNELS": "a,b", "ENV_PASS": "HOME, CHANNELS", "A_ENV_PASS": "KEY=hunter2", "B_ENV_PASS": "MY_HANDLERS,PATH"},
+			[]string{"ENV_PASS: entry 2 is never passed", "A_ENV_PASS: entry 1 is never passed"}},
 		// end: execcmd
 		"numbers": {vars{"DATABASE_URL": dsn, "CHANNELS": "a", "PING_INTERVAL": "10", "PING_TIMEOUT": "0s", "RECONNECT_MIN": "5s", "RECONNECT_MAX": "1s",
 			"QUEUE_SIZE": "0", "CONCURRENCY": "many", "HANDLER_ATTEMPTS": "-1", "CATCH_UP_INTERVAL": "-1s", "OVERFLOW": "lose", "QUEUE_MEMORY": "64", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml"},

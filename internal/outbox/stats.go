@@ -88,14 +88,12 @@ func (o *Outbox) Stats() []notify.Stat {
 		return notify.Stat{Name: "pglistener_outbox_rows", Kind: "gauge", Labels: []string{"state", state}, Value: float64(n),
 			Help: "Rows of the outbox: due (waiting or being handled here), delayed (for later, or to be tried again), or failed (given up)."}
 	}
-	age := notify.Stat{Name: "pglistener_outbox_oldest_seconds", Kind: "gauge", Help: "For how long the oldest row has been due that waits or is tried again."}
-	if oldest := o.oldest(); !oldest.IsZero() {
-		age.Value = max(0, time.Since(oldest).Seconds())
-	}
 	stats := []notify.Stat{
 		call.Item("done", c.done), call.Item("failed", c.gaveUp), call.Item("given_back", c.givenBack), call.Item("lease_lost", c.leaseLost),
 		rows("due", c.due), rows("delayed", c.delayed), rows("failed", c.failed),
-		age, call.PausedStat(&o.breaker), notify.Flag("pglistener_outbox_vacuum_held_back",
+		{Name: "pglistener_outbox_oldest_seconds", Kind: "gauge", Value: o.oldest().Seconds(),
+			Help: "For how long the oldest row has been due that waits or is tried again."},
+		call.PausedStat(&o.breaker), notify.Flag("pglistener_outbox_vacuum_held_back",
 			"1 while claims are slow because somebody holds a snapshot that keeps dead rows from being removed.", c.heldBack),
 	}
 	stats = append(stats, o.calls.Stats()...)
@@ -105,8 +103,8 @@ func (o *Outbox) Stats() []notify.Stat {
 	return append(stats, more...)
 }
 
-// oldest is since when the oldest row has been due that is known to wait, to be handled, or to be tried again. o.mu is held.
-func (o *Outbox) oldest() time.Time {
+// oldest is for how long the oldest row has been due that is known to wait, to be handled, or to be tried again. o.mu is held.
+func (o *Outbox) oldest() time.Duration {
 	known := slices.Collect(maps.Values(o.health.retrying))
 	if !o.counts.oldest.IsZero() {
 		known = append(known, o.counts.oldest)
@@ -115,9 +113,9 @@ func (o *Outbox) oldest() time.Time {
 		known = append(known, o.buffer[0].due)
 	}
 	if len(known) == 0 {
-		return time.Time{}
+		return 0
 	}
-	return slices.MinFunc(known, time.Time.Compare)
+	return max(0, time.Since(slices.MinFunc(known, time.Time.Compare)))
 }
 
 // Check implements notify.Checker: it says whether the table fits, and asks the handler too.

@@ -75,17 +75,13 @@ func (s store) claim(n int, from place, slack time.Duration) ([]job, error) {
 		jobs = append(jobs, j)
 		return err
 	})
-	if unreadable(err) { // one row, and with it every claim: it is given up
+	// The server cannot convert a row to UTF-8, as from SQL_ASCII, which takes any bytes: it would fail every claim.
+	if pq.As(err, pqerror.UntranslatableCharacter, pqerror.CharacterNotInRepertoire) != nil {
 		err = cmp.Or(s.exec(strings.Replace(statement("unreadable"), "{channel}", fmt.Sprintf(`convert_from('\x%x', 'UTF8')`, s.channel), 1)), err)
 	}
 	// UPDATE returns rows as it comes upon them.
 	slices.SortFunc(jobs, func(a, b job) int { return cmp.Or(a.runAt.Compare(b.runAt), cmp.Compare(a.id, b.id)) })
 	return jobs, err
-}
-
-// unreadable says whether the server cannot convert what it has to UTF-8: the database is SQL_ASCII, or has characters of its own.
-func unreadable(err error) bool {
-	return pq.As(err, pqerror.UntranslatableCharacter, pqerror.CharacterNotInRepertoire) != nil
 }
 
 // nextDue is how long it is until the next row after a place is due or its lease ends, which may be past; an hour if there is

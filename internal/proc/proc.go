@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -21,15 +22,27 @@ type Settings struct {
 	Pass string `env:"ENV_PASS" usage:"variables that programs inherit, comma-separated, besides PATH; if empty, all but the listener's own secrets"`
 }
 
-// Environ is what a program inherits of the environment: never what is only the listener's, which may hold secrets.
+// own are the variables that are the listener's alone and may hold secrets; and none has an equals sign in its name.
+var own = regexp.MustCompile(`WEBHOOK_|^CHANNELS|_HANDLER$|^NOTIFY_SOCKET$|^WATCHDOG_|=`)
+
+func (s Settings) passed() []string {
+	return strings.FieldsFunc(s.Pass, func(r rune) bool { return r == ',' || r == ' ' })
+}
+
+// Validate returns what is wrong with ENV_PASS. Its error shows no entry, which may be a secret.
+func (s Settings) Validate() []error {
+	if i := slices.IndexFunc(s.passed(), own.MatchString); i >= 0 {
+		return []error{fmt.Errorf("ENV_PASS: entry %d is never passed: it is a variable of the listener's own, such as CHANNELS or a secret, or no name", i+1)}
+	}
+	return nil
+}
+
+// Environ is what a program inherits of the environment: never what is only the listener's.
 func (s Settings) Environ() (all []string) {
-	pass := strings.FieldsFunc(s.Pass, func(r rune) bool { return r == ',' || r == ' ' })
+	pass := s.passed()
 	for _, v := range os.Environ() {
 		name, _, _ := strings.Cut(v, "=")
-		switch {
-		case strings.Contains(name, "WEBHOOK_"), strings.HasPrefix(name, "CHANNELS"), strings.HasSuffix(name, "_HANDLER"),
-			name == "NOTIFY_SOCKET", strings.HasPrefix(name, "WATCHDOG_"):
-		case s.Pass == "", name == "PATH", slices.Contains(pass, name):
+		if !own.MatchString(name) && (s.Pass == "" || name == "PATH" || slices.Contains(pass, name)) {
 			all = append(all, v)
 		}
 	}

@@ -1,7 +1,6 @@
 package schedule
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -15,17 +14,17 @@ type Settings struct {
 	Text string `env:"SCHEDULE" only:"channel" usage:"when a channel runs by itself: five crontab fields, @hourly to @yearly or @every 90s, after CRON_TZ=ZONE if need be"`
 }
 
-// Validate returns why the schedule cannot be read.
-func (s Settings) Validate() []error {
-	_, err := Next(s.Text, time.Time{}, time.Now())
+// Validate returns why the schedule cannot be read. A zone in TZ that is unknown is a problem even without one: the schedules of rows
+// would be in UTC, which is what Go takes for it in silence.
+func (s Settings) Validate() (problems []error) {
 	tz := strings.TrimPrefix(os.Getenv("TZ"), ":")
-	if _, unknown := time.LoadLocation(tz); unknown != nil && tz[0] != '/' && !strings.Contains(s.Text, "TZ=") { // Go would take it for UTC
-		err = cmp.Or(err, fmt.Errorf("its time zone is that of TZ, and %q is unknown, expected a name such as Europe/Berlin", tz))
+	if _, err := time.LoadLocation(tz); err != nil && tz[0] != '/' {
+		problems = append(problems, fmt.Errorf("TZ: %q is unknown, expected a name such as Europe/Berlin", tz))
 	}
-	if s.Text != "" && err != nil {
-		return []error{fmt.Errorf("SCHEDULE: %w", err)}
+	if _, err := Next(s.Text, time.Time{}, time.Now()); s.Text != "" && err != nil {
+		problems = append(problems, fmt.Errorf("SCHEDULE: %w", err))
 	}
-	return nil
+	return problems
 }
 
 // Clock returns a Clock of a schedule that has been validated.
