@@ -295,3 +295,25 @@ func TestOutboxIDAndAttempt(t *testing.T) {
 		}
 	}
 }
+
+// TestRowThatKillsTheListener each time that it is begun is given up in the end, and what comes after it is done.
+func TestRowThatKillsTheListener(t *testing.T) {
+	t.Parallel()
+	channel, tab, script := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), filepath.Join(t.TempDir(), "script")
+	if err := testkit.WriteProgram(script, "#!/bin/sh\nread -r payload\ntest \"$payload\" != poison || kill -9 $PPID\n"); err != nil {
+		t.Fatal(err)
+	}
+	v := fast(testkit.DSN(t), channel+"=outbox:exec:"+script, sending(tab, vars{"OUTBOX_ATTEMPTS": "1"}))
+	id := insert(t, testkit.DB(t), tab, channel, "poison")
+	testkit.Exec(t, testkit.DB(t), `update "`+tab+`" set attempts = 9`) // as if this were the tenth time
+	runProgram(t, v).exit(t, -1, stopBound)
+	testkit.Exec(t, testkit.DB(t), `update "`+tab+`" set leased_until = now()`) // as it is after a while
+	insert(t, testkit.DB(t), tab, channel, "good")
+	p := runProgram(t, v)
+	if line := p.Wait(t, "gave up", 1); line["event"] != id || !strings.Contains(fmt.Sprint(line["error"]), "begun 10 times") {
+		t.Errorf("%v", line)
+	}
+	testkit.Eventually(t, "what came after it is not done", func() bool { return rowCount(t, testkit.DB(t), tab) == 1 })
+	p.signal(t, syscall.SIGTERM)
+	p.exit(t, cli.OK, stopBound)
+}

@@ -334,15 +334,22 @@ func TestRowThatIsNoText(t *testing.T) {
 // the listener may die of it; but never a row that may have been claimed and not begun as often as listeners are stopped.
 func TestRowThatIsNeverFinished(t *testing.T) {
 	t.Parallel()
-	for _, c := range []struct {
+	for name, c := range map[string]struct {
 		attempts, begun int
+		lease           string
 		begin           bool
-	}{{1, leastLost - 1, true}, {1, leastLost, false}, {20, 19, true}, {20, 20, false}} {
-		t.Run(fmt.Sprint(c.begun, " of ", c.attempts), func(t *testing.T) {
+	}{
+		"once more":              {1, leastLost - 1, "gen_random_uuid()", true},
+		"too often":              {1, leastLost, "gen_random_uuid()", false},
+		"once more of 20":        {20, 19, "gen_random_uuid()", true},
+		"too often of 20":        {20, 20, "gen_random_uuid()", false},
+		"failed, of more before": {20, 50, "null", true},
+	} {
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			channel, tab, s := testkit.ChannelName(t), outboxTable(t, testkit.DB(t)), &seen{}
 			testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, payload, attempts, lease, leased_until)
-				values ($1, 'x', $2, gen_random_uuid(), now())`, channel, c.begun)
+				values ($1, 'x', $2, `+c.lease+`, now())`, channel, c.begun)
 			r := run(t, config{table: tab, channel: channel, attempts: c.attempts}, s)
 			testkit.Eventually(t, "nothing becomes of it", func() bool {
 				return stat(r, "pglistener_items_total", "failed")+stat(r, "pglistener_items_total", "done") == 1

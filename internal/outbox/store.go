@@ -70,7 +70,7 @@ func (s store) claim(n int, from place, slack time.Duration) ([]job, error) {
 	runAt, id := from.args()
 	err := s.after(from, statement("claim"), []any{s.channel, n, (s.lease + slack).Seconds(), s.owner, runAt, id, s.bytes}, func(rows *sql.Rows) error {
 		j := job{claimed: began}
-		err := rows.Scan(&j.id, &j.event, &j.payload, &j.attempts, &j.schedule, &j.keyed, &j.xmin, &j.until,
+		err := rows.Scan(&j.id, &j.event, &j.payload, &j.attempts, &j.schedule, &j.keyed, &j.xmin, &j.lost, &j.until,
 			(*epoch)(&j.runAt), (*epoch)(&j.due), (*epoch)(&j.created))
 		jobs = append(jobs, j)
 		return err

@@ -45,7 +45,7 @@ func (o *Outbox) work(quit context.Context) {
 			o.stale = append(o.stale, j)
 		case j.schedule != "" && j.attempts == 0:
 			o.results = append(o.results, result{j, nil}) // only its first time is to be found
-		case j.attempts > max(o.options.Attempts, leastLost):
+		case j.lost && j.attempts > max(o.options.Attempts, leastLost):
 			o.results = append(o.results, result{j, fmt.Errorf("begun %d times, and what became of it the last time was never written: does the listener die of it?", j.attempts-1)})
 		default:
 			o.call(quit, &c, j)
