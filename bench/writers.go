@@ -39,8 +39,8 @@ func (b *bench) writers() error {
 		name := fmt.Sprintf("inserts by %d clients", clients)
 		b.compare(name+", handled as they come, against no trigger and no listener", rates["notified"], rates["alone"], 0)
 		if clients == 32 {
-			b.compare(name+", swept every 20 ms, with a trigger for other channels, against the same", rates["mixed"], rates["alone"], 0)
-			b.compare(name+", swept every 20 ms, without a trigger, against the same", rates["swept"], rates["alone"], 0.9)
+			b.compare(name+", swept every 20 ms, with a trigger for other channels, against no trigger and no listener", rates["mixed"], rates["alone"], 0)
+			b.compare(name+", swept every 20 ms, without a trigger, against no listener", rates["swept"], rates["alone"], 0.9)
 		}
 	}
 	return b.late()

@@ -101,7 +101,7 @@ func (r *report) server(ctx context.Context, in Input) (mute string, ok bool) {
 
 // handlers asks all handlers at once whether what they need is there, so that one that does not answer takes no time from another.
 func (r *report) handlers(ctx context.Context, in Input) {
-	ctx, cancel := context.WithTimeout(ctx, in.Timeout*9/10) // before connections end by themselves: a server is told then
+	ctx, cancel := context.WithTimeout(ctx, in.Timeout*9/10) // before connections end by themselves, so that the server is told to cancel
 	defer cancel()
 	texts, errs := make([]string, len(in.Channels)), make([]error, len(in.Channels))
 	var asking sync.WaitGroup

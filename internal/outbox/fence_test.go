@@ -37,7 +37,7 @@ func TestPlaceAfterMinusInfinity(t *testing.T) {
 		if wait, _, _, err := s.nextDue(from); err != nil || wait > 0 {
 			t.Fatalf("%d: next in %v, %v", i, wait, err)
 		}
-		jobs, err := s.claim(1, from, 0)
+		jobs, _, err := s.claim(1, from, 0)
 		if err != nil || len(jobs) != 1 || (jobs[0].payload == "the last") != (i == 2) {
 			t.Fatalf("%d: %+v, %v", i, jobs, err)
 		}
@@ -53,7 +53,7 @@ func TestFenceSeesEveryClaim(t *testing.T) {
 	db, channel, names := s.db, s.channel, s.table
 	claim := func() job {
 		t.Helper()
-		jobs, err := s.claim(10, place{}, 0)
+		jobs, _, err := s.claim(10, place{}, 0)
 		if err != nil || len(jobs) != 1 {
 			t.Fatalf("%d rows claimed: %v", len(jobs), err)
 		}
@@ -158,7 +158,7 @@ func TestTableOfSeveral(t *testing.T) {
 				return state
 			}
 			claim := func() []job {
-				jobs, err := s.claim(10, place{}, 0)
+				jobs, _, err := s.claim(10, place{}, 0)
 				if err != nil || len(jobs) != 1 {
 					t.Fatalf("%d rows are claimed: %v", len(jobs), err)
 				}

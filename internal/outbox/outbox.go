@@ -91,7 +91,7 @@ type job struct {
 	keyed    bool   // its result is written by end
 	xmin     string // changes when somebody else changes the row
 	until    string // its leased_until, which no other claim has
-	lost     bool   // what became of it the last time was never written
+	lost     bool   // its last lease ended, and the outcome was never written
 	created  time.Time
 	runAt    time.Time
 	due      time.Time // since when it has been due, failures apart: the nominal time of a schedule

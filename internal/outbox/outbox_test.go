@@ -693,7 +693,7 @@ func TestClaimIsBoundedInBytes(t *testing.T) {
 		}
 		s := r.store
 		s.channel = "other"
-		claimed, err := s.claim(100, place{}, 0)
+		claimed, _, err := s.claim(100, place{}, 0)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -8,9 +8,9 @@ import "time"
 // whose lease has ended, may be anywhere.
 type scan struct {
 	from    place         // all that was due before it has been claimed or seen
-	drained bool          // the last claim found less than it had room for
+	drained bool          // the last claim found less than it had room for, in rows and in bytes
 	held    bool          // claims are dear because somebody holds a snapshot
-	dear    bool          // the last look at everything was, for whatever reason
+	dear    bool          // the last look at everything was, for whatever reason, when it was last known
 	cost    time.Duration // of the last look at everything
 	looked  time.Time     // when it began
 	owing   bool          // since then there was a claim that did not read everything
@@ -47,9 +47,8 @@ func (s *scan) again() time.Duration {
 // if less were due.
 func (o *Outbox) look(room int, short bool) (claimed int, next time.Duration, err error) {
 	s, from, began := &o.scan, map[bool]place{true: o.scan.from}[short], time.Now()
-	jobs, err := o.store.claim(room, from, o.slack)
-	took := time.Since(began)
-	dear := took > dearClaim+time.Duration(len(jobs))*perRow
+	jobs, cut, err := o.store.claim(room, from, o.slack)
+	took, dear := time.Since(began), s.dear
 	if err != nil { // what it has claimed all the same comes due again
 		return 0, 0, err
 	}
@@ -57,8 +56,12 @@ func (o *Outbox) look(room int, short bool) (claimed int, next time.Duration, er
 		o.slack = min(max(2*took, o.slack/2), 10*time.Minute) // so much later they come due again if the listener is killed
 	}
 	o.push(jobs)
-	s.drained = len(jobs) < room
-	if next = time.Until(s.asked.Add(askPause)); s.drained && (short || next <= 0) {
+	if s.drained = len(jobs) < room && !cut; s.drained {
+		next = time.Until(s.asked.Add(askPause))
+	} else {
+		dear = took > dearClaim+time.Duration(len(jobs))*perRow
+	}
+	if s.drained && (short || s.held || next <= 0) {
 		var now time.Time
 		if next, now, took, err = o.store.nextDue(from); err != nil {
 			return len(jobs), 0, err

@@ -16,6 +16,7 @@ import (
 
 	"github.com/lib/pq"
 
+	"github.com/pglistener/pglistener/internal/call"
 	"github.com/pglistener/pglistener/internal/notify"
 	"github.com/pglistener/pglistener/internal/pgtest"
 	"github.com/pglistener/pglistener/internal/pgtest/testkit"
@@ -209,7 +210,7 @@ func TestDeadRowsAreReadOnce(t *testing.T) {
 		insert(t, db, "outbox", "other", "row")
 		other := r.store
 		other.channel = "other"
-		jobs, err := other.claim(1, place{runAt: time.Now().Add(time.Hour)}, 0)
+		jobs, _, err := other.claim(1, place{runAt: time.Now().Add(time.Hour)}, 0)
 		return err == nil && len(jobs) == 1
 	})
 
@@ -340,6 +341,54 @@ func TestStatementsUnderLoad(t *testing.T) {
 	testkit.Eventually(t, "it does not ask", func() bool { _, questions = statements(); return questions-afterQuestions >= 6 })
 	if took := time.Since(began); took < time.Second {
 		t.Errorf("it asked 6 times in %v for a row that is locked", took)
+	}
+}
+
+// TestQuestionIsLeftOut only where it can be: not while somebody holds a snapshot, and not when large rows have cut a claim short, after
+// which there are more.
+func TestQuestionIsLeftOut(t *testing.T) {
+	t.Parallel()
+	tab, channel := outboxTable(t, testkit.DB(t)), testkit.ChannelName(t)
+	o, err := New(&seen{}, new(Pool), Options{
+		Settings: Settings{Table: tab, Attempts: 1}, Limits: call.Limits{Concurrency: 1, Timeout: time.Second}, DSN: testkit.DSN(t), Timeout: 5 * time.Second, Memory: 1 << 20,
+	}, notify.Setup{Channel: channel, Log: testkit.NewLogs(t).Logger()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.pool.release(channel)
+	o.hire = func() {}
+	soon := time.Now().Add(time.Hour) // as if it had been asked just now
+	look := func(held bool) (claimed int, next time.Duration, asked bool) {
+		t.Helper()
+		o.scan.asked, o.scan.held, o.scan.dear = soon, held, true
+		claimed, next, err := o.look(10, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return claimed, next, !o.scan.asked.Equal(soon)
+	}
+	if claimed, next, asked := look(false); claimed != 0 || next < 50*time.Minute || asked || !o.scan.dear {
+		t.Errorf("an idle channel: %d claimed, next in %v, asked: %v; claims are dear, as before: %v", claimed, next, asked, o.scan.dear)
+	}
+	if _, next, asked := look(true); next < 50*time.Minute || !asked || o.scan.dear {
+		t.Errorf("while a snapshot is held: next in %v, asked: %v, claims are dear: %v", next, asked, o.scan.dear)
+	}
+	testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, payload) select $1, repeat('x', 300000) from generate_series(1, 8)`, channel)
+	for range 2 {
+		if claimed, next, asked := look(false); claimed != 4 || next > 0 || o.scan.drained {
+			t.Errorf("large rows: %d claimed, next in %v, asked: %v, drained: %v", claimed, next, asked, o.scan.drained)
+		}
+	}
+	// Of a claim that is full the server is not asked: it was dear if it took long.
+	fill(t, tab, channel, 20)
+	for _, slow := range []bool{false, true} {
+		if slow {
+			time.AfterFunc(200*time.Millisecond, lock(t, tab, ""))
+		}
+		o.scan.dear = !slow
+		if claimed, _, err := o.look(10, false); err != nil || claimed != 10 || slow && !o.scan.dear {
+			t.Errorf("%d claimed, %v; dear: %v", claimed, err, o.scan.dear)
+		}
 	}
 }
 

@@ -87,6 +87,9 @@ begin
 		return new;
 	end if;
 	new.event_id := gen_random_uuid();
+	if new.leased_until <= now() then -- the outcome that was never written was that of another event
+		new.lease := null;
+	end if;
 	if new.schedule is distinct from old.schedule and new.schedule is not null and new.failed_at is null then
 		new.attempts := -1;
 		new.run_at := least(new.run_at, now());

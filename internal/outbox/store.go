@@ -63,25 +63,21 @@ func (p place) args() (runAt any, id int64) {
 	return p.runAt, p.id
 }
 
-// claim takes up to n due rows after a place, but no more once their payloads have s.bytes. It lasts longer by slack, as if it had been
-// made so much later.
-func (s store) claim(n int, from place, slack time.Duration) ([]job, error) {
-	began, jobs := time.Now().Add(slack), make([]job, 0, min(n, 100))
+// claim takes up to n due rows after a place, but no more once their payloads have s.bytes: it says whether they have. It lasts longer by
+// slack, as if it had been made so much later.
+func (s store) claim(n int, from place, slack time.Duration) (jobs []job, cut bool, err error) {
+	began, size := time.Now().Add(slack), int64(0)
 	runAt, id := from.args()
-	err := s.after(from, statement("claim"), []any{s.channel, n, (s.lease + slack).Seconds(), s.owner, runAt, id, s.bytes}, func(rows *sql.Rows) error {
+	err = s.after(from, statement("claim"), []any{s.channel, n, (s.lease + slack).Seconds(), s.owner, runAt, id, s.bytes}, func(rows *sql.Rows) error {
 		j := job{claimed: began}
 		err := rows.Scan(&j.id, &j.event, &j.payload, &j.attempts, &j.schedule, &j.keyed, &j.xmin, &j.lost, &j.until,
 			(*epoch)(&j.runAt), (*epoch)(&j.due), (*epoch)(&j.created))
-		jobs = append(jobs, j)
+		jobs, size = append(jobs, j), size+int64(len(j.payload))
 		return err
 	})
-	// The server cannot convert a row to UTF-8, as from SQL_ASCII, which takes any bytes: it would fail every claim.
-	if pq.As(err, pqerror.UntranslatableCharacter, pqerror.CharacterNotInRepertoire) != nil {
-		err = cmp.Or(s.exec(strings.Replace(statement("unreadable"), "{channel}", fmt.Sprintf(`convert_from('\x%x', 'UTF8')`, s.channel), 1)), err)
-	}
 	// UPDATE returns rows as it comes upon them.
 	slices.SortFunc(jobs, func(a, b job) int { return cmp.Or(a.runAt.Compare(b.runAt), cmp.Compare(a.id, b.id)) })
-	return jobs, err
+	return jobs, size >= s.bytes, err
 }
 
 // nextDue is how long it is until the next row after a place is due or its lease ends, which may be past; an hour if there is

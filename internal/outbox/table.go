@@ -99,8 +99,6 @@ func (s store) hint(err error) string {
 	switch {
 	case pq.As(err, pqerror.InsufficientPrivilege) != nil:
 		return s.table.sql("as its owner: grant " + cmp.Or(s.rights, "select, insert, update, delete") + " on {table} to the user in DATABASE_URL{and usage}")
-	case pq.As(err, pqerror.UntranslatableCharacter, pqerror.CharacterNotInRepertoire) != nil:
-		return "rows that cannot be converted to UTF-8 have been given up: pglistener -outbox-list failed"
 	case pq.As(err, pqerror.UndefinedTable, pqerror.UndefinedColumn, pqerror.InvalidSchemaName, pqerror.WrongObjectType, pqerror.FeatureNotSupported) == nil:
 		return pgconn.Advice(err)
 	}

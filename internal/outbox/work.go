@@ -46,7 +46,7 @@ func (o *Outbox) work(quit context.Context) {
 		case j.schedule != "" && j.attempts == 0:
 			o.results = append(o.results, result{j, nil}) // only its first time is to be found
 		case j.lost && j.attempts > max(o.options.Attempts, leastLost):
-			o.results = append(o.results, result{j, fmt.Errorf("begun %d times, and what became of it the last time was never written: does the listener die of it?", j.attempts-1)})
+			o.results = append(o.results, result{j, fmt.Errorf("begun %d times, and the outcome of the last time was never written: does it kill the listener?", j.attempts-1)})
 		default:
 			o.call(quit, &c, j)
 		}

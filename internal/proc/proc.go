@@ -32,7 +32,7 @@ func (s Settings) passed() []string {
 // Validate returns what is wrong with ENV_PASS. Its error shows no entry, which may be a secret.
 func (s Settings) Validate() []error {
 	if i := slices.IndexFunc(s.passed(), own.MatchString); i >= 0 {
-		return []error{fmt.Errorf("ENV_PASS: entry %d is never passed: it is a variable of the listener's own, such as CHANNELS or a secret, or no name", i+1)}
+		return []error{fmt.Errorf("ENV_PASS: entry %d is never passed: it is a variable of the listener's own, such as CHANNELS, or has WEBHOOK_ in its name, or is no name", i+1)}
 	}
 	return nil
 }
