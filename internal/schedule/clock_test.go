@@ -41,7 +41,7 @@ func TestClockThatJumps(t *testing.T) {
 // TestZoneOfTheEnvironment: Go takes a TZ that it does not know for UTC, in silence.
 func TestZoneOfTheEnvironment(t *testing.T) {
 	for tz, unknown := range map[string]bool{
-		"": false, "UTC": false, "Europe/Berlin": false, ":Europe/Berlin": false, "/etc/localtime": false,
+		"": false, "UTC": false, "Europe/Berlin": false, ":Europe/Berlin": false, "/": false, "/no/such/file": true,
 		"Europe/Berln": true, "'Europe/Berlin'": true, "CET-1CEST": true, ":Mars": true,
 	} {
 		t.Setenv("TZ", tz)

@@ -18,7 +18,8 @@ type Settings struct {
 // would be in UTC, which is what Go takes for it in silence.
 func (s Settings) Validate() (problems []error) {
 	tz := strings.TrimPrefix(os.Getenv("TZ"), ":")
-	if _, err := time.LoadLocation(tz); err != nil && tz[0] != '/' {
+	_, missing := os.Stat(tz) // it may name a file
+	if _, err := time.LoadLocation(tz); err != nil && (tz[0] != '/' || missing != nil) {
 		problems = append(problems, fmt.Errorf("TZ: %q is unknown, expected a name such as Europe/Berlin", tz))
 	}
 	if _, err := Next(s.Text, time.Time{}, time.Now()); s.Text != "" && err != nil {
