@@ -373,6 +373,10 @@ func TestQuestionIsLeftOut(t *testing.T) {
 	if _, next, asked := look(true); next < 50*time.Minute || !asked {
 		t.Errorf("while a snapshot is held: next in %v, asked: %v", next, asked)
 	}
+	testkit.Eventually(t, "the server says that claims are not dear, and it is not believed", func() bool {
+		look(true)
+		return !o.scan.dear
+	})
 	testkit.Exec(t, testkit.DB(t), `insert into "`+tab+`" (channel, payload) select $1, repeat('x', 300000) from generate_series(1, 8)`, channel)
 	for range 2 {
 		if claimed, next, asked := look(false); claimed != 4 || next > 0 || o.scan.drained {
