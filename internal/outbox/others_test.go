@@ -272,15 +272,22 @@ func TestFiguresHoldUpNobody(t *testing.T) {
 	}
 }
 
+// encoded makes a database of an encoding, with an outbox in it.
+func encoded(t *testing.T, encoding string) (dsn string, db *sql.DB) {
+	t.Helper()
+	server, name := testkit.DB(t), testkit.ChannelName(t)
+	testkit.Exec(t, server, `create database "`+name+`" encoding '`+encoding+`' lc_collate 'C' lc_ctype 'C' template template0`)
+	t.Cleanup(func() { _, _ = server.Exec(`drop database "` + name + `" with (force)`) })
+	dsn = testkit.WithParams(testkit.DSN(t), "dbname", name)
+	db = testkit.Open(t, dsn)
+	makeOutbox(t, db, "outbox")
+	return dsn, db
+}
+
 // TestErrorThatTheDatabaseCannotHold: it is written all the same, in other characters.
 func TestErrorThatTheDatabaseCannotHold(t *testing.T) {
 	t.Parallel()
-	db, name := testkit.DB(t), outboxTable(t, testkit.DB(t))
-	testkit.Exec(t, db, `create database "`+name+`" encoding 'LATIN1' lc_collate 'C' lc_ctype 'C' template template0`)
-	t.Cleanup(func() { _, _ = db.Exec(`drop database "` + name + `" with (force)`) })
-	dsn := testkit.WithParams(testkit.DSN(t), "dbname", name)
-	latin := testkit.Open(t, dsn)
-	makeOutbox(t, latin, "outbox")
+	dsn, latin := encoded(t, "LATIN1")
 	r := run(t, config{dsn: dsn, table: "outbox", channel: "orders", attempts: 1}, notify.HandlerFunc(func(_ context.Context, n notify.Notification) error {
 		if n.Payload == "bad" {
 			return errors.New("ошибка \"7\" café")
@@ -301,12 +308,7 @@ func TestErrorThatTheDatabaseCannotHold(t *testing.T) {
 // gives it up. A database of no encoding takes any bytes.
 func TestRowThatIsNoText(t *testing.T) {
 	t.Parallel()
-	db, name := testkit.DB(t), outboxTable(t, testkit.DB(t))
-	testkit.Exec(t, db, `create database "`+name+`" encoding 'SQL_ASCII' lc_collate 'C' lc_ctype 'C' template template0`)
-	t.Cleanup(func() { _, _ = db.Exec(`drop database "` + name + `" with (force)`) })
-	dsn := testkit.WithParams(testkit.DSN(t), "dbname", name)
-	ascii := testkit.Open(t, dsn)
-	makeOutbox(t, ascii, "outbox")
+	dsn, ascii := encoded(t, "SQL_ASCII")
 	testkit.Exec(t, ascii, `insert into outbox (channel, payload) values ('orders', 'good 1'), ('orders', E'caf\xe9'), ('orders', 'good 2')`)
 	s := &seen{}
 	r := run(t, config{dsn: dsn, table: "outbox", channel: "orders", concurrency: 3}, s)
@@ -322,8 +324,8 @@ func TestRowThatIsNoText(t *testing.T) {
 	}
 }
 
-// TestRowThatIsNeverFinished: a row that was begun too often, with no word of what became of it, is given up and not begun again, for
-// the listener may die of it; but never a row that may have been claimed and not begun as often as listeners are stopped.
+// TestRowThatIsNeverFinished: a row that was begun too often, and whose last outcome was never written, is given up and not begun again,
+// for it may kill the listener. It is begun several times first, whatever OUTBOX_ATTEMPTS says.
 func TestRowThatIsNeverFinished(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

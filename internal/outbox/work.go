@@ -57,8 +57,8 @@ func (o *Outbox) work(quit context.Context) {
 	}
 }
 
-// leastLost is how often at least a row is begun that is never finished, as when the listener dies each time. A stop that comes between
-// the claim and the handler takes one of them.
+// leastLost is how many times a row is begun, at least, before it is given up because it was never finished: a listener that is stopped
+// between the claim and the handler uses one up.
 const leastLost = 10
 
 // call handles a job. o.mu is held, but not during the call.
